@@ -1,0 +1,1 @@
+"""Token shards: their format (`shards`), and the commands that download, tokenise or make them."""

@@ -1,0 +1,18 @@
+"""Download 10 billion tokens of FineWeb, tokenised with GPT-2's BPE, into data/fineweb10B.
+
+    python data/cached_fineweb10B.py [n]
+
+`n` is the number of train shards of 100M tokens (default: all 103); the validation shard always comes too.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root, also when run from elsewhere
+
+from data.cached_shards import Dataset, main
+
+DATASET = Dataset(name="fineweb10B", repo="kjj0/fineweb10B-gpt2", prefix="fineweb", train_shards=103)
+
+if __name__ == "__main__":
+    main(DATASET)

@@ -1,0 +1,1 @@
+"""Evaluation: needle retrieval by distance, and the table that compares ablation arms."""

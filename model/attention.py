@@ -1,0 +1,185 @@
+"""Block-sparse causal attention over fixed-width lists of key blocks: one interface, its backends, its oracle.
+
+A sequence of T tokens is cut into N = T / 128 blocks. For every query block a `BlockLists` row names the key blocks it
+may read; inside a listed block token i sees token j iff j <= i and both belong to the same document. No backend ever
+holds a [T, T] tensor.
+
+Shape suffixes: B batch, H heads (1: shared by all heads), T tokens, N blocks, W list slots, D head dim.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128  # tokens in one block
+REFERENCE_ROWS = 64  # query blocks that the reference gathers at once, to bound its memory
+BACKENDS = ("reference", "flex", "flex_standalone")
+MAX_BACKWARD_BLOCKS = 1024  # per-head lists: the transpose that FlexAttention wants is [N, N], allowed up to 128k tokens
+
+
+class Documents(NamedTuple):
+    """Where documents lie in one packed sequence; the delimiter opens its document."""
+
+    id_T: Tensor  # int32, counts delimiters so far
+    start_block_N: Tensor  # int32, block that holds the first token of the document of each block's first token
+
+    @classmethod
+    def of(cls, tokens_T: Tensor, delimiter: int) -> "Documents":
+        opens_T = tokens_T == delimiter
+        position_T = torch.arange(len(tokens_T), device=tokens_T.device)
+        start_T = torch.where(opens_T, position_T, 0).cummax(0).values
+        return cls(opens_T.cumsum(0, dtype=torch.int32), (start_T[::BLOCK] // BLOCK).int())
+
+
+class BlockLists(NamedTuple):
+    """Key blocks read by each query block: distinct ids <= the query block's own, nearest first."""
+
+    num_BHN: Tensor  # int32, how many of the W slots count
+    idx_BHNW: Tensor  # int32; slots past `num` hold some valid id
+    flex_parts: tuple[Tensor, ...] = ()  # the same for FlexAttention, where several layers share it: `with_flex_parts`
+
+
+def pointer_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, lists: BlockLists, documents: Documents, *,
+                      scale: float, backend: str, bias=None) -> Tensor:
+    """softmax(scale * q k^T + bias) v over the listed blocks, causal and within the document. Returns [B, H, T, Dv].
+
+    `bias` is None or has `at(q_index, kv_index)` (see `model.attn_bias.BiasCoefficients`), in logits after the scale.
+    `backend` is `reference` (plain PyTorch, any device, the oracle), `flex` (FlexAttention inside a compiled graph) or
+    `flex_standalone` (FlexAttention compiled by itself, behind a graph break).
+    """
+    T = q_BHTD.size(2)
+    if T % BLOCK:
+        raise ValueError(f"{T} tokens are not a multiple of the block of {BLOCK}: pad the sequence")
+    if backend == "reference":
+        return _reference(q_BHTD, k_BHTD, v_BHTD, lists, documents, scale, bias)
+    needs_grad = torch.is_grad_enabled() and (q_BHTD.requires_grad or k_BHTD.requires_grad or v_BHTD.requires_grad)
+    run = _flex if backend == "flex" else _flex_standalone
+    return run(q_BHTD, k_BHTD, v_BHTD, lists, documents, scale, bias, needs_grad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reference
+
+
+def _reference(q_BHTD, k_BHTD, v_BHTD, lists, documents, scale, bias):
+    B, H, T, D = q_BHTD.shape
+    N, W, device = T // BLOCK, lists.idx_BHNW.size(-1), q_BHTD.device
+    if not torch.compiler.is_compiling():  # slots that no row uses are not worth gathering
+        W = int(lists.num_BHN.max())
+    num_BHN, idx_BHNW = lists.num_BHN.expand(B, H, N), lists.idx_BHNW[..., :W].expand(B, H, N, W).long()
+    first_row_BH = torch.arange(B * H, device=device).view(B, H, 1, 1) * N
+    position_NM = torch.arange(T, device=device).view(N, BLOCK)
+    out = []
+    for start in range(0, N, REFERENCE_ROWS):
+        rows = slice(start, min(start + REFERENCE_ROWS, N))
+        idx, n = idx_BHNW[:, :, rows], min(start + REFERENCE_ROWS, N) - start
+        # One flat row per (batch, head, block): the backward of index_select adds in a fixed order, so it is
+        # deterministic where the atomic adds of advanced indexing are not.
+        k, v = (x.reshape(B * H * N, BLOCK * x.size(-1)).index_select(0, (first_row_BH + idx).flatten())
+                .view(B, H, n, W * BLOCK, x.size(-1)) for x in (k_BHTD, v_BHTD))
+        kv_index = position_NM[idx].view(B, H, n, 1, W * BLOCK)
+        q_index = position_NM[rows, :, None]
+        listed = torch.arange(W, device=device) < num_BHN[:, :, rows, None]
+        visible = (listed.repeat_interleave(BLOCK, -1)[:, :, :, None] & (kv_index <= q_index)
+                   & (documents.id_T[kv_index] == documents.id_T[q_index]))
+        scores = q_BHTD.reshape(B, H, N, BLOCK, D)[:, :, rows] @ k.mT * scale
+        if bias is not None:
+            scores = scores + bias.at(q_index, kv_index)
+        out.append(scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v)
+    return torch.cat(out, dim=2).view(B, H, T, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FlexAttention
+
+
+@torch.library.custom_op("scope::flex_lists", mutates_args=())
+def flex_lists(num_BHN: Tensor, idx_BHNW: Tensor, doc_id_T: Tensor, q_width: int) -> list[Tensor]:
+    """Split lists into partial blocks (element mask needed) and full ones, and transpose both.
+
+    Returns num, idx for partial and full blocks, then for q_width > 0 the same of the transpose, whose rows have
+    q_width slots. An operator of its own, because the kernels rely on contiguous lists and the compiler may permute the
+    layout of buffers that it computes itself. Partial and full lists share one shape: torch 2.11 reads both with the
+    strides of the first.
+    """
+    N = idx_BHNW.size(2)
+    first_N, last_N = doc_id_T.view(N, BLOCK)[:, 0], doc_id_T.view(N, BLOCK)[:, -1]
+    one_doc_N = first_N == last_N
+    query = torch.arange(N, device=idx_BHNW.device)[:, None]
+    key = idx_BHNW.long()
+    listed = torch.arange(idx_BHNW.size(-1), device=idx_BHNW.device) < num_BHN[..., None]
+    same_doc = one_doc_N[query] & one_doc_N[key] & (first_N[query] == first_N[key])
+    full = listed & (key < query) & same_doc
+    out = []
+    for kept in (listed & ~full, full):
+        order = kept.int().argsort(dim=-1, descending=True, stable=True)
+        out += [kept.sum(-1, dtype=torch.int32), idx_BHNW.gather(-1, order)]
+    if q_width:
+        for num, idx in (out[0:2], out[2:4]):
+            out += transpose_lists(num, idx, q_width)
+    return out
+
+
+@flex_lists.register_fake
+def _(num_BHN, idx_BHNW, doc_id_T, q_width):
+    lists = [torch.empty_like(num_BHN, memory_format=torch.contiguous_format),
+             torch.empty_like(idx_BHNW, memory_format=torch.contiguous_format)]
+    transposed = [torch.empty_like(lists[0]), num_BHN.new_empty(*num_BHN.shape, q_width)]
+    return [t.clone() for t in (lists * 2 + (transposed * 2 if q_width else []))]
+
+
+def transpose_lists(num_BHN: Tensor, idx_BHNW: Tensor, q_width: int) -> list[Tensor]:
+    """For every key block the query blocks that list it, ascending: one sort of the (key, query) pairs, static shapes."""
+    B, H, N, W = idx_BHNW.shape
+    device = idx_BHNW.device
+    listed = torch.arange(W, device=device) < num_BHN[..., None]
+    pairs = torch.where(listed, idx_BHNW.long() * N + torch.arange(N, device=device)[:, None], N * N)
+    pairs = pairs.view(B, H, N * W).sort(-1).values
+    bounds = (torch.arange(N + 1, device=device) * N).expand(B, H, N + 1).contiguous()
+    start = torch.searchsorted(pairs, bounds)
+    slot = (start[..., :-1, None] + torch.arange(q_width, device=device)).clamp(max=N * W - 1)
+    q_idx = (pairs.gather(-1, slot.view(B, H, N * q_width)) % N).int().view(B, H, N, q_width)
+    return [start.diff(dim=-1).int(), q_idx]
+
+
+def with_flex_parts(lists: BlockLists, documents: Documents, needs_grad: bool) -> BlockLists:
+    """Work out once what `flex_lists` says. Lists shared by all heads are sliding windows, whose transpose is as narrow as
+    they are; a hub block of per-head lists can be read by every query block, so there the transpose has N slots."""
+    N, W = lists.idx_BHNW.shape[2:]
+    q_width = 0
+    if needs_grad:
+        q_width = W if lists.idx_BHNW.size(1) == 1 else N
+        if q_width > MAX_BACKWARD_BLOCKS:
+            raise ValueError(f"FlexAttention's backward over per-head lists is limited to {MAX_BACKWARD_BLOCKS * BLOCK} "
+                             f"tokens (its transpose is a [{N}, {N}] table): shorten the training sequence")
+    return lists._replace(flex_parts=tuple(flex_lists(lists.num_BHN, lists.idx_BHNW, documents.id_T, q_width)))
+
+
+def flex_block_mask(lists: BlockLists, documents: Documents) -> BlockMask:
+    T = len(documents.id_T)
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
+             "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
+    parts = dict.fromkeys(names) | dict(zip(names, lists.flex_parts, strict=False))  # no transpose without a backward
+    doc_id_T = documents.id_T
+
+    def document_causal(b, h, q, kv):
+        return (q >= kv) & (doc_id_T[q] == doc_id_T[kv])
+
+    return BlockMask(seq_lengths=(T, T), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=document_causal, **parts)
+
+
+def _flex(q_BHTD, k_BHTD, v_BHTD, lists, documents, scale, bias, needs_grad, attend=flex_attention):
+    if not lists.flex_parts:
+        lists = with_flex_parts(lists, documents, needs_grad)
+    score_mod = None if bias is None else bias.score_mod()
+    return attend(q_BHTD, k_BHTD, v_BHTD, score_mod=score_mod, block_mask=flex_block_mask(lists, documents), scale=scale)
+
+
+_compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
+@torch.compiler.disable
+def _flex_standalone(*args):
+    return _flex(*args, attend=_compiled_flex)

@@ -1,0 +1,1373 @@
+"""SCOPE: a GPT-2-medium-class model with a spectral bias on its attention logits and pointer-driven block-sparse attention.
+
+    torchrun --standalone --nproc_per_node=8 scoped_medium.py      # any number of processes
+    python scoped_medium.py                                        # one process; CUDA where there is one, else CPU
+    python scoped_medium.py --help                                 # every variable, its default and its meaning
+    python scoped_medium.py --check                                # validate configuration, data and shapes, train nothing
+    LOAD_CHECKPOINT=logs/run/state_step001000.pt NUM_ITERATIONS=0 NEEDLE_EVAL=1 python scoped_medium.py   # evaluate only
+
+Arms: A is SPECTRAL_BIAS=0, numerically baseline.py; B is SPECTRAL_BIAS=1; C adds SPECTRAL_USE_POINTER_MASK=1 and
+SPECTRAL_POINTER_SCHEDULE=1. Everything is configured by environment variables. The order of the file: configuration, model,
+optimizers and schedules, data, run directory and checkpoints, evaluation, training loop. SPEC.md is the design.
+
+Shape suffixes: B batch (always 1), T tokens, H heads, D head dim, C model dim, V vocabulary, N blocks of 128 tokens.
+"""
+
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import shards
+from eval.needle import Haystack, check_needle_shape, draw_needles, evaluate_needles
+from model.attention import BLOCK, MAX_BACKWARD_BLOCKS, Documents, pointer_attention, with_flex_parts
+from model.attn_bias import (
+    LayerTelemetry,
+    ListShape,
+    PointerState,
+    PositionTables,
+    SpectralBias,
+    SpectralShape,
+    augment,
+    pointer_lists,
+    scope_bins,
+    scope_stats,
+    window_lists,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: every variable is declared once, here. Help, README table, validation and config.json come from it.
+
+
+class Stop(Exception):
+    """Ends the run with one line on stderr."""
+
+
+def var(group: str, default, help: str, low=None, high=None, choices=None):
+    return dataclasses.field(default=default, metadata=dict(group=group, help=help, low=low, high=high, choices=choices))
+
+
+_training, _model, _spectral = (partial(var, g) for g in ("training", "model", "spectral"))
+_run, _validation, _compiler, _needle = (partial(var, g) for g in ("run", "validation", "compiler", "needle"))
+RESUME_MUST_MATCH = ("training", "model", "spectral")  # groups in which a resumed run may differ in nothing
+CHECKED_PREFIXES = ("SPECTRAL_", "NEEDLE_", "SCOPE_", "FLEXATTN_")  # ours: an unknown name with one is always refused
+
+
+@dataclass(frozen=True)
+class Config:
+    num_iterations: int = _training(2000, "optimizer steps; 0 evaluates only", low=0)
+    train_files: str = _training("data/fineweb10B/fineweb_train_*.bin", "glob of the training shards, read in sorted order")
+    epochs: int = _training(1, "passes over the training shards that a run may take; 0: as many as it needs", low=0)
+    train_seq_len: int = _training(65536, "tokens in one training sequence", low=BLOCK)
+    batch_tokens: int = _training(524288, "tokens in one optimizer step, over all processes (by accumulation)", low=BLOCK)
+    seed: int = _training(0, "seed of the weights and of the needles", low=0)
+    cooldown_frac: float = _training(0.6, "share of the steps over which the learning rate falls to 0", low=1e-9, high=1)
+    warmup_steps: int = _training(10, "untimed steps on random tokens before step 0 (compiled runs only; state restored)",
+                                  low=0)
+
+    vocab_size: int = _model(50257, "tokens in the vocabulary; the head is padded to a multiple of 128", low=2, high=65536)
+    doc_delimiter: int = _model(50256, "token that opens every document; attention does not cross it", low=0)
+    num_layers: int = _model(16, "transformer blocks", low=2)
+    num_heads: int = _model(8, "attention heads", low=1)
+    head_dim: int = _model(128, "dimensions of a head, a multiple of 4", low=16)
+    model_dim: int = _model(1024, "width of the residual stream", low=16)
+
+    spectral_bias: bool = _spectral(False, "spectral bias on attention logits (0: arm A)")
+    spectral_use_pointer_mask: bool = _spectral(False, "pointer lists in the spectral layers (arm C) instead of the "
+                                                       "sliding window (arm B)")
+    spectral_layers: str = _spectral("long", "layers with bias and pointers: long (the long-window layers), all, or ids "
+                                             "like 0,4,11")
+    spectral_impl: str = _spectral("qk_aug", "bias as extra q.k dimensions, or as a FlexAttention score_mod (very slow)",
+                                   choices=("qk_aug", "score_mod"))
+    spectral_qk_layout: str = _spectral("fold", "qk_aug: fold the features into non-rotating dimensions, or append them",
+                                        choices=("fold", "append"))
+    spectral_bands: int = _spectral(6, "K, frequencies of the bias", low=1)
+    spectral_pointers: int = _spectral(2, "M, offsets predicted per query", low=1)
+    spectral_hidden: int = _spectral(64, "hidden width of the predicting MLP", low=1)
+    spectral_beta: float = _spectral(1.0, "factor on the whole bias", low=0)
+    spectral_l_train: int = _spectral(0, "shortest wavelength in tokens; 0: TRAIN_SEQ_LEN", low=0)
+    spectral_l_max: int = _spectral(1048576, "longest wavelength and largest offset in tokens", low=256)
+    spectral_gate: bool = _spectral(True, "predict and subtract a gate per query")
+    spectral_slope: bool = _spectral(True, "predict a slope per query, at most 1/l_train nats a token")
+    spectral_subtract_zero: bool = _spectral(True, "subtract b(0), so that the bias is relative to the query's own place")
+    spectral_share_heads: bool = _spectral(True, "one MLP for all heads of a layer (its output bias stays per head)")
+    spectral_lr: float = _spectral(0.003, "Adam learning rate of the spectral parameters", low=0)
+    spectral_reg_high: float = _spectral(1e-3, "weight of the high-band energy", low=0)
+    spectral_reg_mean: float = _spectral(1e-3, "weight of the squared mean of the bias over [0, l_train]", low=0)
+    spectral_reg_entropy: float = _spectral(1e-2, "weight of the entropy deficit of pi", low=0)
+    spectral_reg_edge: float = _spectral(1e-2, "weight of offsets at the edges of their range", low=0)
+    spectral_entropy_floor: float = _spectral(0.3, "entropy of pi below which the regulariser acts, nats", low=0)
+    spectral_pointer_local_blocks: int = _spectral(16, "local band of the pointer lists, blocks of 128 tokens", low=1)
+    spectral_pointer_half_blocks: int = _spectral(4, "blocks on each side of a pointer", low=0)
+    spectral_pointer_global_blocks: int = _spectral(1, "blocks at the start of the document that every query reads", low=0,
+                                                    high=2)
+    spectral_pointer_global_blocks_warmup: int = _spectral(2, "the same during the first warm-up steps", low=0, high=2)
+    spectral_pointer_global_blocks_warmup_steps: int = _spectral(300, "steps of that warm-up", low=0)
+    spectral_pointer_schedule: bool = _spectral(False, "pointers off, then half radius, then full radius (0: always full)")
+    spectral_pointer_mid_frac: float = _spectral(0.1, "share of the steps after which the pointers start", low=0, high=1)
+    spectral_pointer_full_frac: float = _spectral(0.3, "share of the steps after which their radius is full", low=0, high=1)
+
+    val_files: str = _validation("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
+    val_seq_len: int = _validation(65536, "tokens in one validation sequence", low=BLOCK)
+    val_tokens: int = _validation(10485760, "tokens of one validation; 0: none", low=0)
+    val_loss_every: int = _validation(125, "steps between validations; 0: only at the end", low=0)
+    spectral_pointer_val_force: bool = _validation(False, "validate with a fixed radius instead of the schedule's")
+    spectral_pointer_val_half_blocks: int = _validation(-1, "that radius in blocks; -1: SPECTRAL_POINTER_HALF_BLOCKS", low=-1)
+
+    run_name: str = _run("", "directory of the run inside LOG_DIR; empty: arm, seed and time")
+    log_dir: str = _run("logs", "directory of the run directories")
+    save_checkpoint: bool = _run(True, "save state_step%06d.pt at the end and every CHECKPOINT_EVERY steps")
+    checkpoint_every: int = _run(0, "steps between checkpoints; 0: only at the end", low=0)
+    resume: str = _run("0", "0: a new run; auto: continue from the run directory's newest checkpoint; or a checkpoint's path")
+    load_checkpoint: str = _run("", "checkpoint whose weights to start from, or to evaluate with NUM_ITERATIONS=0")
+    scope_log_every: int = _run(200, "steps between SCOPE_STATS lines; 0: none", low=0)
+    log_every: int = _run(10, "steps between plain log lines", low=1)
+    log_all_ranks: bool = _run(False, "one log file a rank")
+
+    attn_backend: str = _compiler("auto", "auto: FlexAttention on CUDA, the plain block-gather reference on CPU",
+                                  choices=("auto", "reference", "flex"))
+    torch_compile: str = _compiler("auto", "compile the model: auto is 1 on CUDA and 0 on CPU", choices=("auto", "0", "1"))
+    torch_compile_mode: str = _compiler("default", "mode of torch.compile",
+                                        choices=("default", "reduce-overhead", "max-autotune"))
+    torchdynamo_verbose: bool = _compiler(False, "read by torch itself: longer compiler errors")
+    torchdynamo_suppress_errors: bool = _compiler(False, "read by torch itself: run in eager mode what fails to compile")
+    torch_compile_fallback_to_eager: bool = _compiler(False, "if compiling fails, log it and go on without")
+    flexattn_dynamo_disable: bool = _compiler(False, "break the graph around FlexAttention")
+    flexattn_compile: bool = _compiler(True, "compile FlexAttention by itself when it is outside a compiled graph "
+                                             "(0: the slow reference takes its place)")
+
+    needle_eval: bool = _needle(False, "needle evaluation after the last step")
+    needle_files: str = _needle("", "glob of the haystack's shards; empty: VAL_FILES")
+    needle_seq_len: int = _needle(65536, "tokens in one needle sequence", low=BLOCK)
+    needle_distances: tuple = _needle((4096, 8192, 16384, 32768), "tokens between the needle's value and its question")
+    needle_samples_per_distance: int = _needle(8, "samples for each distance", low=1)
+    needle_anchor_len: int = _needle(4, "tokens of the needle's key", low=1)
+    needle_value_len: int = _needle(8, "tokens of the needle's value", low=1)
+
+    @classmethod
+    def from_environment(cls, environment=os.environ, checkpoint: dict | None = None) -> "Config":
+        """Read and validate; raises Stop with every problem found. A checkpoint's model and spectral settings serve as
+        defaults, so that an evaluation need not repeat them."""
+        problems = unknown_variables(environment)
+        values = {}
+        for field in dataclasses.fields(cls):
+            name = field.name.upper()
+            inherited = checkpoint and field.metadata["group"] in ("model", "spectral") and field.name in checkpoint
+            if name in environment:
+                try:
+                    values[field.name] = parse(field, environment[name])
+                except ValueError as error:
+                    problems.append(f"{name}={environment[name]}: {error}")
+            elif inherited:
+                values[field.name] = checkpoint[field.name]
+        if not problems:
+            config = cls(**values)
+            problems = config.impossible_combinations()
+        if problems:
+            raise Stop("; ".join(problems))
+        # Resolved now, so that a checkpoint of this run knows its frequencies whatever length it is evaluated at.
+        return dataclasses.replace(config, spectral_l_train=config.spectral_l_train or config.train_seq_len)
+
+    def impossible_combinations(self) -> list[str]:
+        """Combinations that cannot run, each as one line with its arithmetic."""
+        problems = []
+
+        def refuse(broken, text: str) -> None:
+            if broken:
+                problems.append(text)
+
+        for name in ("train_seq_len", "val_seq_len", *(["needle_seq_len"] if self.needle_eval else [])):
+            length = getattr(self, name)
+            refuse(length % BLOCK, f"{name.upper()}={length} is not a multiple of {BLOCK}: {length // BLOCK * BLOCK} and "
+                                   f"{(length // BLOCK + 1) * BLOCK} are")
+        for total, part in (("batch_tokens", "train_seq_len"), ("val_tokens", "val_seq_len")):
+            a, b = getattr(self, total), getattr(self, part)
+            refuse(a % b, f"{total.upper()}={a} is not a multiple of {part.upper()}={b}: {a} / {b} = {a / b:.2f}")
+        refuse(self.head_dim % 4, f"HEAD_DIM={self.head_dim} is not a multiple of 4 (half-truncated rotary embedding)")
+        refuse(self.doc_delimiter >= self.vocab_size,
+               f"DOC_DELIMITER={self.doc_delimiter} is outside VOCAB_SIZE={self.vocab_size}")
+        refuse(self.resume != "0" and self.load_checkpoint, "RESUME and LOAD_CHECKPOINT exclude each other: the first "
+               "continues a run, the second starts from its weights")
+        refuse(self.resume == "auto" and not self.run_name, "RESUME=auto needs RUN_NAME, to know which run to continue")
+        refuse("/" in self.run_name or self.run_name in (".", ".."), f"RUN_NAME={self.run_name} is not a directory name")
+        refuse(self.needle_files and not self.needle_eval, "NEEDLE_FILES is set, but NEEDLE_EVAL is 0")
+        if self.needle_eval:
+            problems += check_needle_shape(self.needle_seq_len, self.needle_distances, self.needle_anchor_len,
+                                           self.needle_value_len)
+        return problems + (self.impossible_spectral() if self.spectral_bias else self.spectral_without_bias())
+
+    def spectral_without_bias(self) -> list[str]:
+        return [f"{name.upper()}=1 needs SPECTRAL_BIAS=1" for name in ("spectral_use_pointer_mask",) if getattr(self, name)]
+
+    def impossible_spectral(self) -> list[str]:
+        problems = []
+        shape = self.spectral_shape()
+        if shape.l_train >= shape.l_max:
+            problems.append(f"the wavelengths are empty: SPECTRAL_L_MAX={shape.l_max} must exceed l_train={shape.l_train}")
+        if shape.l_train <= BLOCK:
+            problems.append(f"SPECTRAL_L_TRAIN={shape.l_train} must exceed the block of {BLOCK} tokens")
+        if self.spectral_impl == "qk_aug" and self.spectral_qk_layout == "fold" and shape.num_features > self.head_dim // 2:
+            problems.append(f"fold needs 2 x SPECTRAL_BANDS + 4 = {shape.num_features} of the HEAD_DIM / 2 = "
+                            f"{self.head_dim // 2} dimensions that do not rotate: take fewer bands or "
+                            f"SPECTRAL_QK_LAYOUT=append")
+        if self.spectral_pointer_mid_frac > self.spectral_pointer_full_frac:
+            problems.append(f"SPECTRAL_POINTER_MID_FRAC={self.spectral_pointer_mid_frac} comes after "
+                            f"SPECTRAL_POINTER_FULL_FRAC={self.spectral_pointer_full_frac}")
+        if self.spectral_pointer_val_half_blocks > self.spectral_pointer_half_blocks:
+            problems.append(f"SPECTRAL_POINTER_VAL_HALF_BLOCKS={self.spectral_pointer_val_half_blocks} exceeds the lists' "
+                            f"width, SPECTRAL_POINTER_HALF_BLOCKS={self.spectral_pointer_half_blocks}")
+        try:
+            chosen = self.spectral_layer_ids()
+        except ValueError:
+            problems.append(f"SPECTRAL_LAYERS={self.spectral_layers} is neither long, all, nor ids like 0,4,11")
+        else:
+            bad = sorted(chosen - attention_layers(self.num_layers))
+            if bad or not chosen:
+                problems.append(f"SPECTRAL_LAYERS={self.spectral_layers}: layers {bad} have no attention in a model of "
+                                f"{self.num_layers} layers" if bad else "SPECTRAL_LAYERS is empty")
+        return problems
+
+    def spectral_layer_ids(self) -> set[int]:
+        if not self.spectral_bias:
+            return set()
+        if self.spectral_layers in ("long", "all"):
+            return attention_layers(self.num_layers) & (long_window_layers(self.num_layers) if self.spectral_layers == "long"
+                                                        else set(range(self.num_layers)))
+        return {int(i) for i in self.spectral_layers.split(",")}
+
+    def spectral_shape(self) -> SpectralShape:
+        return SpectralShape(self.num_heads, self.head_dim, self.spectral_bands, self.spectral_pointers,
+                             self.spectral_hidden, self.spectral_beta, self.spectral_l_train or self.train_seq_len,
+                             self.spectral_l_max, self.spectral_slope, self.spectral_gate, self.spectral_subtract_zero,
+                             self.spectral_share_heads, self.spectral_entropy_floor)
+
+    @property
+    def list_shape(self) -> ListShape:
+        return ListShape(self.spectral_pointer_local_blocks, self.spectral_pointer_half_blocks,
+                         max(self.spectral_pointer_global_blocks, self.spectral_pointer_global_blocks_warmup))
+
+    @property
+    def arm(self) -> str:
+        return "A" if not self.spectral_bias else "C" if self.spectral_use_pointer_mask else "B"
+
+    @property
+    def max_seq_len(self) -> int:
+        return max(self.train_seq_len, self.val_seq_len, self.needle_seq_len if self.needle_eval else 0)
+
+
+def parse(field, text: str):
+    """One variable's value from its text; ValueError says what would be right."""
+    meta, kind = field.metadata, type(field.default)
+    if meta["choices"] and text not in meta["choices"]:
+        raise ValueError(f"must be one of {', '.join(meta['choices'])}")
+    if kind is str:
+        return text
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise ValueError("must be 0 or 1")
+        return text == "1"
+    if kind is tuple:
+        try:
+            return tuple(int(part) for part in text.split(","))
+        except ValueError:
+            raise ValueError("must be whole numbers separated by commas") from None
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError("must be a whole number" if kind is int else "must be a number") from None
+    low, high = meta["low"], meta["high"]
+    if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f"must be {'' if low is None else f'at least {low:g}'}{' and ' if None not in (low, high) else ''}"
+                         f"{'' if high is None else f'at most {high:g}'}" if (low, high) != (None, None) else "must be finite")
+    return value
+
+
+def unknown_variables(environment) -> list[str]:
+    """Misspelt variables: any unknown name with one of our prefixes, and near misses of the other names."""
+    known = [field.name.upper() for field in dataclasses.fields(Config)]
+    problems = []
+    for name in sorted(set(environment) - set(known)):
+        ours = name.startswith(CHECKED_PREFIXES)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if ours else 0.9) if ours or "_" in name else []
+        if ours or near:
+            problems.append(f"{name} is not a variable of this script" + (f"; did you mean {near[0]}?" if near else ""))
+    return problems
+
+
+def variable_table(markdown: bool = False) -> str:
+    """All variables by group, as plain text or as the README's table."""
+
+    def show(value):
+        return (str(int(value)) if isinstance(value, bool) else ",".join(map(str, value)) if isinstance(value, tuple)
+                else f"{value:g}" if isinstance(value, float) else str(value))
+
+    lines, group = [], None
+    for field in dataclasses.fields(Config):
+        meta = field.metadata
+        if meta["group"] != group:
+            group = meta["group"]
+            lines += ["", f"**{group}**", "", "| variable | default | meaning |", "| --- | --- | --- |"] if markdown else \
+                     ["", f"{group}:"]
+        text = meta["help"] + (f" ({' | '.join(meta['choices'])})" if meta["choices"] else "")
+        name, default = field.name.upper(), show(field.default)
+        lines.append(f"| `{name}` | {f'`{default}`' if default else 'empty'} | {text.replace('|', '/')} |" if markdown
+                     else f"  {name}={default}\n      {text}")
+    return "\n".join(lines).strip("\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model. With SPECTRAL_BIAS=0 it is baseline.py's, parameter for parameter and operation for operation.
+
+ATTENTION_SCALE = 0.12
+LOGIT_CAP, LOGIT_TEMPERATURE = 30.0, 7.5
+FP8_X_SCALE, FP8_W_SCALE, FP8_GRAD_SCALE = 0.5, 2.0**-9, 2.0**-19
+LONG_WINDOW_BLOCKS = 13.5  # the long window grows from 1 to 14 blocks
+
+
+@torch.library.custom_op("scope::fp8_linear", mutates_args=())
+def fp8_linear(x_TC: Tensor, w_VC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x @ w.T with e4m3 operands; returns bf16 logits and the two quantised operands that the backward needs."""
+    x8 = x_TC.div(FP8_X_SCALE).to(torch.float8_e4m3fn)
+    w8 = w_VC.div(FP8_W_SCALE).to(torch.float8_e4m3fn)
+    out = torch._scaled_mm(x8, w8.T, out_dtype=torch.bfloat16, scale_a=x_TC.new_tensor(FP8_X_SCALE, dtype=torch.float32),
+                           scale_b=x_TC.new_tensor(FP8_W_SCALE, dtype=torch.float32), use_fast_accum=True)
+    return out, x8, w8
+
+
+@fp8_linear.register_fake
+def _(x_TC, w_VC):
+    return (x_TC.new_empty(x_TC.size(0), w_VC.size(0), dtype=torch.bfloat16),
+            torch.empty_like(x_TC, dtype=torch.float8_e4m3fn), torch.empty_like(w_VC, dtype=torch.float8_e4m3fn))
+
+
+@torch.library.custom_op("scope::fp8_linear_backward", mutates_args=())
+def fp8_linear_backward(grad_TV: Tensor, x8: Tensor, w8: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients in e5m2. Their fixed scale is made for a mean over one sequence: never divide the loss before it."""
+    x_scale, w_scale, grad_scale = (grad_TV.new_tensor(s, dtype=torch.float32)
+                                    for s in (FP8_X_SCALE, FP8_W_SCALE, FP8_GRAD_SCALE))
+    grad8 = grad_TV.div(FP8_GRAD_SCALE).to(torch.float8_e5m2)
+    grad_x = torch._scaled_mm(grad8, w8.T.contiguous().T, out_dtype=torch.bfloat16,
+                              scale_a=grad_scale, scale_b=w_scale, use_fast_accum=False)
+    grad_w = torch._scaled_mm(x8.T.contiguous(), grad8.T.contiguous().T, out_dtype=torch.float32,
+                              scale_a=x_scale, scale_b=grad_scale, use_fast_accum=False).T
+    return grad_x, grad_w.contiguous()
+
+
+@fp8_linear_backward.register_fake
+def _(grad_TV, x8, w8):
+    return torch.empty_like(x8, dtype=torch.bfloat16), torch.empty_like(w8, dtype=torch.float32)
+
+
+def _fp8_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(output[1], output[2])
+
+
+def _fp8_backward(ctx, grad_TV, _x8, _w8):
+    return fp8_linear_backward(grad_TV.contiguous(), *ctx.saved_tensors)
+
+
+fp8_linear.register_autograd(_fp8_backward, setup_context=_fp8_setup_context)
+
+
+def fp8_available(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def uniform_weight(*shape: int) -> nn.Parameter:
+    bound = 3**0.5 * 0.5 * shape[-1] ** -0.5  # half the usual standard deviation of a linear layer
+    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+
+
+class Rotary(nn.Module):
+    """Rotary embedding of half the frequencies; the other half of the dimensions does not rotate."""
+
+    def __init__(self, head_dim: int, max_seq_len: int):
+        super().__init__()
+        frequency = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
+        frequency = torch.cat([frequency, frequency.new_zeros(head_dim // 4)])
+        theta = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequency)
+        self.register_buffer("cos", theta.cos().float(), persistent=False)
+        self.register_buffer("sin", theta.sin().float(), persistent=False)
+
+    def forward(self, x_BTHD: Tensor) -> Tensor:
+        cos, sin = (t[None, : x_BTHD.size(1), None] for t in (self.cos, self.sin))
+        x1, x2 = x_BTHD.float().chunk(2, dim=-1)
+        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x_BTHD)
+
+
+class Context(NamedTuple):
+    """What every layer of one forward needs to know of its sequence."""
+
+    documents: Documents
+    windows: tuple  # (short, long) BlockLists of the sliding windows
+    pointers: PointerState
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        width = config.num_heads * config.head_dim
+        self.qkv_w = uniform_weight(3, width, config.model_dim)
+        self.out_w = nn.Parameter(torch.zeros(config.model_dim, width))
+        self.lambdas = nn.Parameter(torch.tensor([0.5, 0.5]))
+        self.spectral: SpectralBias | None = None  # set by GPT after the baseline's parameters have drawn their weights
+        self.backend = "reference"
+
+    def forward(self, x: Tensor, ve: Tensor | None, rotary: Rotary, tables, context: Context, long_window: bool):
+        """Returns the layer's output [B, T, C] and its LayerTelemetry (None without spectral bias)."""
+        B, T, _ = x.shape
+        config = self.config
+        qkv = F.linear(x, self.qkv_w.flatten(end_dim=1).type_as(x)).view(B, T, 3, config.num_heads, config.head_dim)
+        q, k, v = qkv.unbind(2)
+        q, k = norm(q), norm(k)
+        lists, bias, telemetry = context.windows[int(long_window)], None, None
+        if self.spectral is not None:
+            bias, prediction = self.spectral(q, tables)
+            if config.spectral_use_pointer_mask:
+                lists = pointer_lists(prediction.delta_BHTM, context.documents, context.pointers, config.list_shape)
+            telemetry = LayerTelemetry(prediction.delta_BHTM.detach(), lists.num_BHN, prediction.pi_entropy.detach(),
+                                       prediction.penalties)
+        q, k = rotary(q), rotary(k)
+        if bias is not None and config.spectral_impl == "qk_aug":
+            q, k = augment(q, k, bias, ATTENTION_SCALE, config.spectral_qk_layout)
+            bias = None
+        lambdas = self.lambdas.type_as(x)
+        v = lambdas[0] * v if ve is None else lambdas[0] * v + lambdas[1] * ve.view_as(v)
+        y = pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), lists, context.documents, scale=ATTENTION_SCALE,
+                              backend=self.backend, bias=bias)
+        return F.linear(y.transpose(1, 2).reshape(B, T, -1), self.out_w.type_as(x)), telemetry
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc_w = uniform_weight(4 * dim, dim)
+        self.proj_w = nn.Parameter(torch.zeros(dim, 4 * dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.fc_w.type_as(x)).relu().square(), self.proj_w.type_as(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.attn = Attention(config) if layer in attention_layers(config.num_layers) else None
+        self.mlp = MLP(config.model_dim)
+        self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.long_window = layer in long_window_layers(config.num_layers)
+
+    def forward(self, x: Tensor, x0: Tensor, ve: Tensor | None, rotary: Rotary, tables, context: Context):
+        lambdas = self.lambdas.type_as(x)
+        x = lambdas[0] * x + lambdas[1] * x0
+        telemetry = None
+        if self.attn is not None:
+            y, telemetry = self.attn(norm(x), ve, rotary, tables, context, self.long_window)
+            x = x + y
+        return x + self.mlp(norm(x)), telemetry
+
+
+def long_window_layers(num_layers: int) -> set[int]:
+    """0, 4, 11, 15 of 16: both ends and the quarter points; the others have half the window."""
+    quarter = num_layers // 4
+    return {0, quarter, num_layers - 1 - quarter, num_layers - 1}
+
+
+def attention_layers(num_layers: int) -> set[int]:
+    """All but layer 7 of 16, the last of the U-net's first half; models under 8 layers keep all their attention."""
+    return set(range(num_layers)) - ({num_layers // 2 - 1} if num_layers >= 8 else set())
+
+
+class Output(NamedTuple):
+    objective: Tensor  # what is minimised: cross-entropy plus weighted regularisers
+    loss: Tensor  # mean cross-entropy in nats
+    telemetry: list[LayerTelemetry]
+
+
+class GPT(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        L, value_dim = config.num_layers, config.num_heads * config.head_dim
+        self.embed = nn.Embedding(config.vocab_size, config.model_dim)
+        # Value embeddings, shared by the first three layers and the last three: (0, 13), (1, 14), (2, 15) of 16.
+        self.value_embeds = nn.ModuleList(nn.Embedding(config.vocab_size, value_dim) for _ in range(min(3, L // 2)))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(L))
+        self.skip_weights = nn.Parameter(torch.ones(L // 2))
+        self.head_w = nn.Parameter(torch.zeros(128 * math.ceil(config.vocab_size / 128), config.model_dim))
+        self.rotary = Rotary(config.head_dim, config.max_seq_len)
+        self.position_tables = None
+        if config.spectral_bias:  # after all else and from its own generator: the arms share every other weight
+            generator = torch.Generator().manual_seed(config.seed)
+            self.position_tables = PositionTables(config.spectral_shape(), config.max_seq_len)
+            for layer in sorted(config.spectral_layer_ids()):
+                self.blocks[layer].attn.spectral = SpectralBias(config.spectral_shape(), generator)
+            weights = (config.spectral_reg_high, config.spectral_reg_mean, config.spectral_reg_entropy,
+                       config.spectral_reg_edge)
+            self.register_buffer("penalty_weights", torch.tensor(weights), persistent=False)
+
+    def hidden(self, tokens_T: Tensor, context: Context) -> tuple[Tensor, list[LayerTelemetry]]:
+        L = self.config.num_layers
+        x = x0 = norm(self.embed(tokens_T)[None])
+        ve = [table(tokens_T)[None] for table in self.value_embeds]
+        ve = ve + [None] * (L - 2 * len(ve)) + ve
+        tables = self.position_tables() if self.position_tables is not None else None
+        skips, telemetry = [], []
+        for i, block in enumerate(self.blocks):
+            if i >= L - L // 2:
+                x = x + self.skip_weights[i - (L - L // 2)].type_as(x) * skips.pop()
+            x, seen = block(x, x0, ve[i], self.rotary, tables, context)
+            if i < L // 2:
+                skips.append(x)
+            telemetry += [seen] if seen is not None else []
+        return norm(x)[0], telemetry
+
+    def logits(self, x_TC: Tensor) -> Tensor:
+        if self.training and fp8_available(x_TC.device):
+            z = fp8_linear(x_TC.contiguous(), self.head_w)[0]
+        else:
+            z = F.linear(x_TC, self.head_w.type_as(x_TC))
+        return LOGIT_CAP * torch.sigmoid(z.float() / LOGIT_TEMPERATURE)
+
+    def forward(self, tokens_T: Tensor, targets_T: Tensor, context: Context) -> Output:
+        x_TC, telemetry = self.hidden(tokens_T, context)
+        loss = F.cross_entropy(self.logits(x_TC), targets_T)
+        objective = loss
+        if telemetry:
+            penalties = torch.stack([layer.penalties for layer in telemetry]).mean(0)
+            objective = loss + (penalties * self.penalty_weights).sum()
+        return Output(objective, loss, telemetry)
+
+    def score_end(self, tokens_T: Tensor, context: Context, last: int) -> tuple[Tensor, Tensor]:
+        """Nats and greedy correctness of the last tokens of a sequence, each [last]; the head sees those positions only."""
+        x_TC, _ = self.hidden(tokens_T, context)
+        log_p = self.logits(x_TC[-last - 1 : -1]).log_softmax(-1)
+        targets = tokens_T[-last:].long()
+        return -log_p.gather(-1, targets[:, None])[:, 0], log_p.argmax(-1) == targets
+
+
+def build_model(config: Config, device: torch.device) -> GPT:
+    torch.manual_seed(config.seed)  # drawn on the CPU: the same weights on every rank and every machine
+    model = GPT(config).to(device)
+    if device.type == "cuda":  # embeddings carry the activation dtype; matrices stay fp32 and are cast in the forward
+        for table in (model.embed, *model.value_embeds):
+            table.bfloat16()
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers and schedules
+
+NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
+                 (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
+
+
+def newton_schulz(g: Tensor) -> Tensor:
+    """Approximate the polar factor U V^T of every matrix [..., rows, cols] by five odd quintic steps."""
+    x = g.bfloat16() if g.is_cuda else g
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in NEWTON_SCHULZ:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz. Every rank keeps all momenta (gradients are already averaged), so any rank
+    can save them; the orthogonalisation is dealt out, and its results are gathered."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float):
+        shapes = list(dict.fromkeys(p.shape for p in params))
+        groups = [dict(params=[p for p in params if p.shape == shape]) for shape in shapes]
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.rank, self.world_size = world()[:2]
+        self.orthogonalise = torch.compile(newton_schulz, dynamic=False) if params[0].is_cuda else newton_schulz
+
+    @torch.no_grad()
+    def step(self):
+        pending = []
+        for group in self.param_groups:
+            params, m = group["params"], group["momentum"]
+            grads = [p.grad for p in params]
+            for p in params:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - m)
+            share = math.ceil(len(params) / self.world_size)  # matrices a rank orthogonalises, the last ones padded
+            mine = range(self.rank * share, min((self.rank + 1) * share, len(params)))
+            nesterov = [grads[i].lerp(momenta[i], m) for i in mine]
+            nesterov += [torch.zeros_like(params[0])] * (share - len(mine))
+            updates = self.orthogonalise(torch.stack(nesterov))
+            work = None
+            if self.world_size > 1:
+                local, updates = updates.contiguous(), updates.new_empty(self.world_size * share, *updates.shape[1:])
+                work = dist.all_gather(list(updates.chunk(self.world_size)), local, async_op=True)
+            pending.append((group, updates, work))
+        for group, updates, work in pending:  # each gather overlaps the orthogonalisation of the next group
+            if work is not None:
+                work.wait()
+            params, lr = group["params"], group["lr"]
+            rows, cols = params[0].shape[-2:]
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(params, [u.to(params[0].dtype) for u in updates[: len(params)].unbind(0)],
+                                alpha=-lr * max(1, rows / cols) ** 0.5)
+
+
+def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
+    spectral = [p for block in model.blocks if block.attn is not None and block.attn.spectral is not None
+                for p in block.attn.spectral.parameters()]
+    ours = {id(p) for p in spectral}
+    matrices = [p for p in model.blocks.parameters() if p.ndim >= 2 and id(p) not in ours]
+    embeddings = [table.weight for table in (model.embed, *model.value_embeds)]
+    scalars = [p for p in model.parameters() if p.ndim < 2]
+    groups = [dict(params=[model.head_w], lr=0.1 * model.config.model_dim**-0.5),
+              dict(params=embeddings, lr=0.3), dict(params=scalars, lr=0.015)]
+    if spectral:
+        groups.append(dict(params=spectral, lr=model.config.spectral_lr))
+    adam = torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-10, fused=True)
+    optimizers = [adam, Muon(matrices, lr=0.025, weight_decay=0.01, momentum=0.95)]
+    covered = [id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]]
+    assert sorted(covered) == sorted(id(p) for p in model.parameters()), "a parameter is in no group, or in two"
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+class Schedule(NamedTuple):
+    """Every scheduled value at `step` of `total` steps."""
+
+    config: Config
+    step: int
+    total: int
+
+    @property
+    def progress(self) -> float:
+        return self.step / max(self.total, 1)
+
+    @property
+    def lr_factor(self) -> float:
+        cooldown = self.config.cooldown_frac
+        return 1.0 if self.progress < 1 - cooldown else (1 - self.progress) / cooldown
+
+    @property
+    def muon_momentum(self) -> float:
+        return 0.85 + 0.10 * min(self.step / 300, 1.0)
+
+    @property
+    def long_window(self) -> int:
+        return max(1, math.ceil(LONG_WINDOW_BLOCKS * self.step / max(self.total, 1)))
+
+    def pointer_radius(self, training: bool = True) -> int:
+        """Blocks on each side of a pointer; -1: pointers off."""
+        c = self.config
+        if not training and c.spectral_pointer_val_force:
+            forced = c.spectral_pointer_val_half_blocks
+            return c.spectral_pointer_half_blocks if forced < 0 else forced
+        if c.spectral_pointer_schedule and self.progress < c.spectral_pointer_mid_frac:
+            return -1
+        if c.spectral_pointer_schedule and self.progress < c.spectral_pointer_full_frac:
+            return c.spectral_pointer_half_blocks // 2
+        return c.spectral_pointer_half_blocks
+
+    @property
+    def global_blocks(self) -> int:
+        warming = self.step < self.config.spectral_pointer_global_blocks_warmup_steps
+        return (self.config.spectral_pointer_global_blocks_warmup if warming
+                else self.config.spectral_pointer_global_blocks)
+
+    def context(self, tokens_T: Tensor, training: bool, backend: str) -> Context:
+        """All that varies enters the compiled model as tensors of fixed shape, so that no schedule ever recompiles."""
+        c = self.config
+        values = torch.tensor([max(1, self.long_window // 2), self.long_window, c.spectral_pointer_local_blocks,
+                               self.pointer_radius(training), self.global_blocks], dtype=torch.int32)
+        values = values.to(tokens_T.device, non_blocking=True).unbind()
+        documents = Documents.of(tokens_T, c.doc_delimiter)
+        width = math.ceil(LONG_WINDOW_BLOCKS)
+        windows = [window_lists(documents, values[0], width // 2), window_lists(documents, values[1], width)]
+        if backend != "reference":
+            windows = [with_flex_parts(lists, documents, needs_grad=training) for lists in windows]
+        return Context(documents, tuple(windows), PointerState(*values[2:]))
+
+    def listed_blocks(self, layer: int) -> int:
+        """Upper bound of the key blocks that a query block of this layer reads now."""
+        c = self.config
+        if layer in c.spectral_layer_ids() and c.spectral_use_pointer_mask:
+            return (c.spectral_pointer_local_blocks + c.spectral_pointers * max(0, 2 * self.pointer_radius() + 1)
+                    + self.global_blocks)
+        return self.long_window if layer in long_window_layers(c.num_layers) else max(1, self.long_window // 2)
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}  # dense bf16, datasheets
+
+
+def flops_per_token(model: GPT, schedule: Schedule) -> float:
+    """Forward and backward: 6 per matrix parameter, 12 H D per visible key (listed blocks, an upper bound)."""
+    c = schedule.config
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim >= 2) + model.head_w.numel()
+    keys = sum(min(BLOCK * schedule.listed_blocks(i), c.train_seq_len) for i in attention_layers(c.num_layers))
+    return 6.0 * matrices + 12.0 * c.num_heads * c.head_dim * keys
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def batches_in(tokens: int, batch: int) -> int:
+    """Whole batches in a shard: a batch needs one token more than it has inputs, and the last part batch is dropped."""
+    return max(0, math.ceil((tokens - batch - 1) / batch))
+
+
+class TokenLoader:
+    """Contiguous slices of batch + 1 tokens, shard after shard, the same for every number of processes."""
+
+    def __init__(self, pattern: str, batch: int, vocab_size: int):
+        self.batch, self.vocab_size = batch, vocab_size
+        self.paths = shards.find_shards(pattern)
+        self.batches = [batches_in(shards.token_count(path), batch) for path in self.paths]
+        for path, count in zip(self.paths, self.batches, strict=True):
+            if count == 0:
+                raise ValueError(f"{path}: holds {shards.token_count(path)} tokens, less than one batch of {batch} + 2: "
+                                 f"merge shards (data/tokenize_text.py --shard-tokens) or take smaller batches")
+        self.position = dict(epoch=0, shard=0, batch=0)  # of the next batch
+        self.tokens, self.opened = None, None
+
+    def next_batch(self) -> np.ndarray:
+        p = self.position
+        if self.opened != p["shard"]:
+            path = self.paths[p["shard"]]
+            self.tokens, self.opened = shards.open_shard(path), p["shard"]
+            shards.check_tokens(path, self.tokens, self.vocab_size)
+        start = p["batch"] * self.batch
+        p["batch"] += 1
+        if p["batch"] == self.batches[p["shard"]]:
+            p["shard"], p["batch"] = p["shard"] + 1, 0
+        if p["shard"] == len(self.paths):
+            p["shard"], p["epoch"] = 0, p["epoch"] + 1
+        return self.tokens[start : start + self.batch + 1]
+
+    def check(self, batches: int, epochs: int, every_token: bool) -> None:
+        """ValueError if the shards cannot give this many batches in this many passes (0: any number)."""
+        total = sum(self.batches)
+        if epochs and batches > epochs * total:
+            raise ValueError(f"{len(self.paths)} shards hold {total} batches of {self.batch} tokens, {epochs} x that is "
+                             f"less than the {batches} wanted: add shards, raise EPOCHS or lower NUM_ITERATIONS / VAL_TOKENS")
+        for path in self.paths if every_token else self.paths[:1]:
+            shards.check_tokens(path, shards.open_shard(path), self.vocab_size)
+
+
+def local_sequences(batch: np.ndarray, seq_len: int, device: torch.device):
+    """This process's sequences of one global batch: (inputs int32 [T], targets int64 [T])."""
+    rank, world_size, _ = world()
+    for start in range(rank * seq_len, len(batch) - 1, world_size * seq_len):
+        tokens = torch.from_numpy(batch[start : start + seq_len + 1].astype(np.int32))
+        tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
+        yield tokens[:-1], tokens[1:].long()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, run directory, checkpoints
+
+
+def world() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun gives them; (0, 1, 0) for plain python."""
+    return tuple(int(os.environ.get(name, default)) for name, default in
+                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def set_up_device() -> torch.device:
+    local_rank = world()[2]
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def all_reduce(tensors: list[Tensor]) -> None:
+    if dist.is_initialized():
+        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+            work.wait()
+
+
+def write_atomically(path: Path, write) -> None:
+    """`write(file)` to a temporary file beside `path`, then rename: readers see the old file or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class RunDirectory:
+    """LOG_DIR/RUN_NAME: source, configuration, log, metrics, checkpoints, summary. Rank 0 writes; the others write a log of
+    their own if LOG_ALL_RANKS asks for it."""
+
+    def __init__(self, config: Config):
+        self.rank = world()[0]
+        name = [config.run_name or f"arm_{config.arm}_seed{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"]
+        if dist.is_initialized():
+            dist.broadcast_object_list(name)
+        self.path = Path(config.log_dir) / name[0]
+        occupied = config.resume == "0" and (self.path / "config.json").exists()
+        if dist.is_initialized():
+            dist.barrier()  # every rank has looked before rank 0 writes
+        if occupied:
+            raise Stop(f"{self.path} already holds a run: set RESUME=auto to continue it, or another RUN_NAME")
+        self.path.mkdir(parents=True, exist_ok=True)
+        writes_log = self.rank == 0 or config.log_all_ranks
+        self.log_file = (self.path / ("log.txt" if self.rank == 0 else f"log_rank{self.rank}.txt")).open("a") \
+            if writes_log else None
+        if self.rank == 0:
+            self.write_json("config.json", dataclasses.asdict(config))
+            self.copy_source()
+
+    def copy_source(self) -> None:
+        root = Path(__file__).resolve().parent
+        for source in (Path(__file__).resolve(), *sorted((root / "model").glob("*.py"))):
+            target = self.path / "source" / source.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+    def log(self, line: str, echo: bool = True) -> None:
+        if self.log_file:
+            print(line, file=self.log_file, flush=True)
+        if echo and self.rank == 0:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def metrics(self, **record) -> None:
+        if self.rank == 0:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def drop_metrics_after(self, step: int) -> None:
+        """A resumed run repeats the steps behind its checkpoint: their records go, so that none is there twice."""
+        path = self.path / "metrics.jsonl"
+        if self.rank == 0 and path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+    def read_metrics(self) -> list[dict]:
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def write_json(self, name: str, value: dict) -> None:
+        if self.rank == 0:
+            write_atomically(self.path / name, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+    def newest_checkpoint(self) -> Path | None:
+        found = [p for p in self.path.glob("state_step*.pt") if re.fullmatch(r"state_step\d{6,}\.pt", p.name)]
+        return max(found, key=lambda p: int(p.stem.removeprefix("state_step")), default=None)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint's content on the CPU; Stop names the file if it cannot be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise Stop(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch raises four kinds for damaged files: all mean that this file cannot be used
+        raise Stop(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[:1]})") from None
+    if not isinstance(state, dict) or "config" not in state or "model" not in state:
+        raise Stop(f"{path}: not a checkpoint of this script (no model and configuration inside)")
+    return state
+
+
+def differing_settings(old: dict, new: Config, groups: tuple[str, ...]) -> list[str]:
+    return [f"{f.name.upper()} was {old.get(f.name)}, is {getattr(new, f.name)}" for f in dataclasses.fields(Config)
+            if f.metadata["group"] in groups and old.get(f.name) != getattr(new, f.name)]
+
+
+def load_weights(model: GPT, state: dict, path) -> None:
+    differences = differing_settings(state["config"], model.config, ("model",))
+    if differences:
+        raise Stop(f"{path} holds another model: {'; '.join(differences)}")
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise Stop(f"{path} does not fit this model: {' '.join(str(error).split())[:300]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def choose_backend(config: Config, device: torch.device) -> tuple[str, bool, str]:
+    """(attention backend, whether the model is compiled, why)."""
+    compiled = config.torch_compile == "1" or (config.torch_compile == "auto" and device.type == "cuda")
+    longest = MAX_BACKWARD_BLOCKS * BLOCK
+    if device.type == "cuda" and config.attn_backend != "reference" and config.spectral_use_pointer_mask \
+            and config.num_iterations and config.train_seq_len > longest:
+        raise Stop(f"TRAIN_SEQ_LEN={config.train_seq_len}: FlexAttention's backward over pointer lists takes at most {longest} "
+                   f"tokens (evaluation has no such limit)")
+    if config.attn_backend == "reference":
+        return "reference", compiled, "ATTN_BACKEND=reference"
+    if device.type != "cuda":
+        if config.attn_backend == "flex":
+            raise Stop("ATTN_BACKEND=flex needs a CUDA GPU: FlexAttention has no backward on the CPU")
+        return "reference", compiled, "no CUDA device: plain PyTorch block gather"
+    if compiled and not config.flexattn_dynamo_disable and not (config.spectral_bias and config.spectral_impl == "score_mod"):
+        return "flex", compiled, "FlexAttention inside the compiled model"
+    if config.flexattn_compile:
+        return "flex_standalone", compiled, "FlexAttention compiled by itself, the graph is broken around it"
+    return "reference", compiled, ("FLEXATTN_COMPILE=0 outside a compiled graph: the plain block gather, far slower "
+                                   "(uncompiled FlexAttention would ignore the block lists)")
+
+
+class Trainer:
+    def __init__(self, config: Config, device: torch.device, run: RunDirectory):
+        self.config, self.device, self.run = config, device, run
+        self.model = build_model(config, device)
+        self.optimizers = make_optimizers(self.model)
+        self.train_loader = None
+        if config.num_iterations:
+            self.train_loader = TokenLoader(config.train_files, config.batch_tokens, config.vocab_size)
+        self.step, self.total_steps = 0, config.num_iterations
+        self.telemetry, self.telemetry_documents = [], None
+        self.graphs_after_warm_up = 0
+        self.compile()
+
+    def compile(self) -> None:
+        backend, self.compiled, reason = choose_backend(self.config, self.device)
+        self.use_backend(backend, reason)
+        self.forward, self.score_end = self.model, self.model.score_end
+        if self.compiled:
+            torch._dynamo.config.recompile_limit = 64  # one graph per (training or not, length); silent eager beyond
+            options = dict(dynamic=False, fullgraph=backend == "flex",
+                           mode=None if self.config.torch_compile_mode == "default" else self.config.torch_compile_mode)
+            self.forward = torch.compile(self.model, **options)
+            self.score_end = torch.compile(self.model.score_end, **options)
+
+    def use_backend(self, backend: str, reason: str) -> None:
+        self.backend = backend
+        for block in self.model.blocks:
+            if block.attn is not None:
+                block.attn.backend = backend
+        self.run.log(f"attention backend: {backend} ({reason}); compiled: {int(self.compiled)}")
+        if self.config.spectral_bias and self.config.spectral_impl == "score_mod":
+            self.run.log("SPECTRAL_IMPL=score_mod is slow: on an H200 about 100 times the attention time of qk_aug")
+        if self.config.torchdynamo_suppress_errors:
+            self.run.log("TORCHDYNAMO_SUPPRESS_ERRORS=1: what fails to compile runs uncompiled, and slowly")
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.config, self.step, self.total_steps)
+
+    def context(self, tokens_T: Tensor) -> Context:
+        return self.schedule().context(tokens_T, self.model.training, self.backend)
+
+    def new_graph_step(self) -> None:
+        if self.compiled and self.config.torch_compile_mode != "default":
+            torch.compiler.cudagraph_mark_step_begin()
+
+    def accumulate(self, sequences) -> Tensor:
+        """Forward and backward of this process's sequences; returns the sum of their losses. Losses are not divided before
+        the backward: the FP8 head's gradient scale is made for a mean over one sequence."""
+        self.model.train()
+        loss = torch.zeros((), device=self.device)
+        for tokens, targets in sequences:
+            context = self.context(tokens)
+            self.new_graph_step()
+            out = self.forward(tokens, targets, context)
+            out.objective.backward()
+            loss += out.loss.detach()
+            self.telemetry, self.telemetry_documents = out.telemetry, context.documents
+        return loss
+
+    def train_step(self, sequences) -> tuple[float, float]:
+        """One optimizer step; returns the mean loss over the global batch and the norm of its gradient. A loss or gradient
+        that is not finite stops every rank before any weight changes."""
+        num_sequences = self.config.batch_tokens // self.config.train_seq_len
+        loss = self.accumulate(sequences)
+        grads = [p.grad for p in self.model.parameters()]
+        all_reduce([*grads, loss])
+        torch._foreach_div_(grads, num_sequences)
+        grad_norm = torch.stack([n.float() for n in torch._foreach_norm(grads)]).norm()
+        loss, grad_norm = torch.stack([loss / num_sequences, grad_norm]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise Stop(f"step {self.step}: loss {loss}, gradient norm {grad_norm}: not finite; no weight was changed and "
+                       f"the last checkpoint is intact")
+        schedule = self.schedule()
+        for opt in self.optimizers:
+            for group in opt.param_groups:
+                group["lr"] = group["initial_lr"] * schedule.lr_factor
+                if isinstance(opt, Muon):
+                    group["momentum"] = schedule.muon_momentum
+            opt.step()
+        self.model.zero_grad(set_to_none=True)
+        return loss, grad_norm
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        config = self.config
+        self.model.eval()
+        loss = torch.zeros((), device=self.device)
+        batch = TokenLoader(config.val_files, config.val_tokens, config.vocab_size).next_batch()
+        for tokens, targets in local_sequences(batch, config.val_seq_len, self.device):
+            context = self.context(tokens)
+            self.new_graph_step()
+            out = self.forward(tokens, targets, context)
+            loss += out.loss
+            self.telemetry, self.telemetry_documents = out.telemetry, context.documents
+        all_reduce([loss])
+        return (loss / (config.val_tokens // config.val_seq_len)).item()
+
+    @torch.no_grad()
+    def needle_eval(self, haystack: Haystack) -> dict:
+        config = self.config
+        self.model.eval()
+
+        def score_answer(tokens_T: np.ndarray, answer_start: int):
+            tokens = torch.from_numpy(tokens_T.astype(np.int32)).to(self.device)
+            context = self.context(tokens)
+            self.new_graph_step()
+            nats, correct = self.score_end(tokens, context, len(tokens_T) - answer_start)
+            return nats.float().cpu().numpy(), correct.cpu().numpy()
+
+        def reduce(array: np.ndarray) -> np.ndarray:
+            total = torch.from_numpy(array).to(self.device)
+            all_reduce([total])
+            return total.cpu().numpy()
+
+        rank, world_size, _ = world()
+        return evaluate_needles(score_answer, haystack, seq_len=config.needle_seq_len, distances=config.needle_distances,
+                                samples_per_distance=config.needle_samples_per_distance,
+                                anchor_len=config.needle_anchor_len, value_len=config.needle_value_len, seed=config.seed,
+                                step=self.step, rank=rank, world_size=world_size, reduce=reduce)
+
+    def warm_up(self) -> None:
+        """Compile every graph of the run on random tokens, untimed, then put every state back."""
+        config = self.config
+        if not self.compiled:
+            return
+        started = time.perf_counter()
+        saved = copy.deepcopy([self.model.state_dict()] + [opt.state_dict() for opt in self.optimizers])
+        generator = torch.Generator().manual_seed(config.seed)
+
+        def random_tokens(length: int) -> Tensor:
+            return torch.randint(config.vocab_size, (length,), generator=generator, dtype=torch.int32).to(self.device)
+
+        try:
+            for _ in range(config.warmup_steps if config.num_iterations else 0):
+                tokens = random_tokens(config.train_seq_len + 1)
+                self.train_step([(tokens[:-1], tokens[1:].long())])
+            with torch.no_grad():
+                self.model.eval()
+                if config.val_tokens:
+                    tokens = random_tokens(config.val_seq_len + 1)
+                    self.forward(tokens[:-1], tokens[1:].long(), self.context(tokens[:-1]))
+                if config.needle_eval:
+                    tokens = random_tokens(config.needle_seq_len)
+                    self.score_end(tokens, self.context(tokens), config.needle_value_len)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            if not config.torch_compile_fallback_to_eager:
+                raise
+            self.run.log(f"compiling failed ({type(error).__name__}); going on uncompiled, slowly, as "
+                         f"TORCH_COMPILE_FALLBACK_TO_EAGER=1 asks")
+            self.config = dataclasses.replace(config, torch_compile="0")
+            self.compile()
+        self.model.load_state_dict(saved[0])
+        for opt, state in zip(self.optimizers, saved[1:], strict=True):
+            opt.load_state_dict(state)
+        self.model.zero_grad(set_to_none=True)
+        self.graphs_after_warm_up = compiled_graphs()
+        self.run.log(f"warm-up: {time.perf_counter() - started:.1f} s, {self.graphs_after_warm_up} graphs compiled")
+
+    def state(self) -> dict:
+        """Everything that the remaining steps depend on, in types that torch.load(weights_only=True) accepts."""
+        config = dataclasses.asdict(self.config)
+        return dict(config=config, step=self.step, total_steps=self.total_steps, model=self.model.state_dict(),
+                    optimizers=[opt.state_dict() for opt in self.optimizers],
+                    loader=dict(self.train_loader.position) if self.train_loader else None,
+                    rng=dict(python=random.getstate(), torch=torch.get_rng_state(),
+                             cuda=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []))
+
+    def save(self) -> None:
+        if self.run.rank == 0:
+            path = self.run.path / f"state_step{self.step:06d}.pt"
+            write_atomically(path, partial(torch.save, self.state()))
+            self.run.log(f"saved {path}")
+
+    def resume(self, path: Path) -> None:
+        state = read_checkpoint(path)
+        differences = differing_settings(state["config"], self.config, RESUME_MUST_MATCH)
+        if differences:
+            raise Stop(f"{path} belongs to another configuration: {'; '.join(differences)}")
+        load_weights(self.model, state, path)
+        for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+        self.step = state["step"]
+        self.train_loader.position = state["loader"]
+        random.setstate(state["rng"]["python"])
+        torch.set_rng_state(state["rng"]["torch"])
+        if self.device.type == "cuda" and len(state["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        self.run.drop_metrics_after(self.step)
+        self.run.log(f"resumed from {path} at step {self.step}")
+
+
+def compiled_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def check_data(config: Config, every_token: bool) -> Haystack | None:
+    """Validate all shards before anything is allocated; returns the haystack if needles are evaluated."""
+    try:
+        if config.num_iterations:
+            loader = TokenLoader(config.train_files, config.batch_tokens, config.vocab_size)
+            loader.check(config.num_iterations, config.epochs, every_token)
+        if config.val_tokens:
+            TokenLoader(config.val_files, config.val_tokens, config.vocab_size).check(1, 1, every_token)
+        if config.needle_eval:
+            paths = shards.find_shards(config.needle_files or config.val_files)
+            haystack = Haystack(paths, config.doc_delimiter)
+            draw_needles(haystack, samples=config.needle_samples_per_distance, seq_len=config.needle_seq_len,
+                         anchor_len=config.needle_anchor_len, value_len=config.needle_value_len, seed=config.seed)
+            return haystack
+    except (ValueError, OSError) as error:
+        raise Stop(str(error)) from None
+    return None
+
+
+def log_environment(run: RunDirectory, config: Config, device: torch.device) -> None:
+    run.log(Path(__file__).read_text(), echo=False)
+    run.log("=" * 100, echo=False)
+    if device.type == "cuda":
+        run.log(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout, echo=False)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    run.log(f"arm {config.arm}; {world()[1]} x {name}; python {sys.version.split()[0]}, torch {torch.__version__}; {run.path}")
+    run.log(json.dumps(dict(tag="CONFIG", **dataclasses.asdict(config))), echo=False)
+    if config.spectral_bias and config.scope_log_every:
+        run.log(json.dumps(scope_bins()))
+
+
+def train(trainer: Trainer) -> None:
+    """The loop: validate, train, log, save."""
+    config, run, device = trainer.config, trainer.run, trainer.device
+    world_size = world()[1]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak_flops = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    step_seconds, train_seconds, mfu = [], 0.0, None
+    bar = tqdm(total=config.num_iterations, initial=trainer.step, disable=None if run.rank == 0 else True,
+               desc=f"arm {config.arm}", unit="step", dynamic_ncols=True)
+
+    def validate() -> None:
+        if config.val_tokens:
+            value = trainer.validate()
+            run.metrics(step=trainer.step, val_loss=value)
+            run.log(f"step {trainer.step}/{config.num_iterations} val_loss {value:.4f} train_time {train_seconds:.1f} s")
+
+    while trainer.step < config.num_iterations:
+        if config.val_loss_every and trainer.step % config.val_loss_every == 0:
+            validate()
+        started = time.perf_counter()
+        schedule = trainer.schedule()
+        batch = trainer.train_loader.next_batch()
+        loss, grad_norm = trainer.train_step(local_sequences(batch, config.train_seq_len, device))
+        trainer.step += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        step_seconds.append(seconds)
+        train_seconds += seconds
+
+        tokens_per_s = config.batch_tokens / seconds
+        if peak_flops:
+            mfu = flops_per_token(trainer.model, schedule) * tokens_per_s / (peak_flops * world_size)
+        run.metrics(step=trainer.step, train_loss=loss, grad_norm=grad_norm, lr=schedule.lr_factor, step_ms=1e3 * seconds,
+                    tokens_per_s=tokens_per_s, mfu=mfu, memory_gib=peak_memory_gib(device),
+                    epoch=trainer.train_loader.position["epoch"])
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}", tok_s=f"{tokens_per_s:,.0f}", mfu="-" if mfu is None else f"{mfu:.1%}")
+        if trainer.step % config.log_every == 0 or trainer.step == config.num_iterations:
+            left = (config.num_iterations - trainer.step) * statistics.median(step_seconds[-20:])
+            run.log(f"step {trainer.step}/{config.num_iterations} loss {loss:.4f} {1e3 * seconds:.1f} ms "
+                    f"{tokens_per_s:,.0f} tok/s mfu {'-' if mfu is None else f'{mfu:.1%}'} eta {left:.0f} s", echo=bar.disable)
+        if trainer.telemetry and config.scope_log_every and trainer.step % config.scope_log_every == 0:
+            state = dict(radius=schedule.pointer_radius(), global_blocks=schedule.global_blocks,
+                         local_blocks=config.spectral_pointer_local_blocks, progress=schedule.progress)
+            stats = scope_stats(trainer.telemetry, trainer.telemetry_documents, config.spectral_pointer_local_blocks)
+            run.log(json.dumps(dict(tag="SCOPE_STATS", step=trainer.step, schedule=state, **stats)))
+        if config.save_checkpoint and config.checkpoint_every and trainer.step % config.checkpoint_every == 0 \
+                and trainer.step < config.num_iterations:
+            trainer.save()
+    bar.close()
+    validate()
+    if config.save_checkpoint and config.num_iterations:
+        trainer.save()
+
+
+def summarise(trainer: Trainer, needle: dict | None) -> dict:
+    """summary.json: the figures come from metrics.jsonl, so that a resumed run's are those of all its steps."""
+    config, run, device = trainer.config, trainer.run, trainer.device
+    records = run.read_metrics()
+    steps, losses = [r for r in records if "train_loss" in r], [r for r in records if "val_loss" in r]
+    step_ms = statistics.median(r["step_ms"] for r in steps) if steps else None
+    return dict(status="complete", arm=config.arm, run_name=run.path.name, seed=config.seed, steps=trainer.step,
+                train_loss=steps[-1]["train_loss"] if steps else None, val_loss=losses[-1]["val_loss"] if losses else None,
+                tokens_per_s=1e3 * config.batch_tokens / step_ms if steps else None, step_ms=step_ms,
+                mfu=statistics.median(r["mfu"] for r in steps) if steps and steps[-1]["mfu"] else None,
+                train_seconds=sum(r["step_ms"] for r in steps) / 1e3, kv_blocks_per_query=mean_listed_blocks(trainer),
+                peak_memory_gib=max([peak_memory_gib(device)] + [r["memory_gib"] for r in steps]),
+                parameters=sum(p.numel() for p in trainer.model.parameters()),
+                recompiles_after_warmup=compiled_graphs() - trainer.graphs_after_warm_up, world_size=world()[1],
+                device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                torch=str(torch.__version__), needle=needle)
+
+
+@torch.no_grad()
+def mean_listed_blocks(trainer: Trainer) -> float | None:
+    """Key blocks that a query block reads, averaged over the attention layers, on the last sequence seen."""
+    if trainer.telemetry_documents is None:
+        return None
+    config, documents = trainer.config, trainer.telemetry_documents
+    schedule, width = trainer.schedule(), math.ceil(LONG_WINDOW_BLOCKS)
+    long = torch.tensor(schedule.long_window, dtype=torch.int32, device=trainer.device)
+    by_window = [window_lists(documents, w, width).num_BHN.float().mean().item() for w in (long // 2, long)]
+    spectral = dict(zip(sorted(config.spectral_layer_ids()), trainer.telemetry, strict=True))
+    counts = [spectral[i].num_BHN.float().mean().item() if i in spectral
+              else by_window[i in long_window_layers(config.num_layers)] for i in attention_layers(config.num_layers)]
+    return statistics.fmean(counts)
+
+
+def summary_table(summary: dict) -> str:
+    """The end of a run, for a person."""
+
+    def show(value):
+        return "-" if value is None else f"{value:,.4f}" if isinstance(value, float) else str(value)
+
+    rows = [(key, show(value)) for key, value in summary.items() if key != "needle"]
+    for cell in (summary["needle"] or {}).get("distances", []):
+        rows.append((f"needle {cell['distance']}", f"EM {cell['exact_match']:.3f} [{cell['exact_match_low']:.3f}, "
+                                                   f"{cell['exact_match_high']:.3f}] n={cell['n']}"))
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"  {key:<{width}}  {value}" for key, value in rows)
+
+
+def check_world(config: Config) -> None:
+    sequences, world_size = config.batch_tokens // config.train_seq_len, world()[1]
+    if config.num_iterations and world_size > sequences:
+        raise Stop(f"{world_size} processes, but BATCH_TOKENS / TRAIN_SEQ_LEN is only {sequences} sequences: raise "
+                   f"BATCH_TOKENS or start fewer processes")
+
+
+def run_experiment(check_only: bool) -> None:
+    loaded_path = os.environ.get("LOAD_CHECKPOINT", "")
+    loaded = read_checkpoint(loaded_path) if loaded_path else None
+    config = Config.from_environment(checkpoint=loaded and loaded["config"])
+    check_world(config)
+    if not (config.num_iterations or config.needle_eval or config.val_tokens):
+        raise Stop("NUM_ITERATIONS=0, NEEDLE_EVAL=0 and VAL_TOKENS=0 leave nothing to do")
+    haystack = check_data(config, every_token=check_only)
+    if check_only:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in GPT(config).parameters())
+        print(f"configuration, data and shapes are valid: arm {config.arm}, {parameters:,} parameters, "
+              f"{config.num_iterations} steps of {config.batch_tokens:,} tokens")
+        return
+    device = set_up_device()
+    run = RunDirectory(config)
+    try:
+        execute(config, device, run, loaded, haystack)
+    except Stop as stop:
+        run.log(f"error: {stop}", echo=False)
+        raise
+
+
+def execute(config: Config, device: torch.device, run: RunDirectory, loaded: dict | None, haystack: Haystack | None) -> None:
+    """Build, load or resume, train, evaluate, summarise."""
+    log_environment(run, config, device)
+    trainer = Trainer(config, device, run)
+    if loaded is not None:
+        load_weights(trainer.model, loaded, config.load_checkpoint)
+        if not config.num_iterations:  # evaluate with the schedules where the checkpoint left them
+            trainer.step, trainer.total_steps = loaded["step"], loaded["total_steps"]
+    trainer.warm_up()
+    checkpoint = run.newest_checkpoint() if config.resume == "auto" else None if config.resume == "0" else Path(config.resume)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    elif config.resume == "auto":
+        run.log("RESUME=auto: no checkpoint in the run directory, starting at step 0")
+        run.drop_metrics_after(-1)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    train(trainer)
+    needle = None
+    if config.needle_eval:
+        needle = trainer.needle_eval(haystack)
+        run.log(json.dumps(needle))
+    if run.rank == 0:
+        summary = summarise(trainer, needle)
+        run.write_json("summary.json", summary)
+        run.log(f"summary ({run.path / 'summary.json'})\n{summary_table(summary)}")
+
+
+def main(arguments: list[str]) -> None:
+    if arguments in (["--help"], ["-h"], ["--help=markdown"]):
+        print(variable_table(markdown=True) if "markdown" in arguments[0] else f"{__doc__}\n{variable_table()}")
+        return
+    if arguments not in ([], ["--check"]):
+        sys.exit(f"error: unknown arguments {' '.join(arguments)}: only --help and --check exist, all else is set by "
+                 f"environment variables")
+    try:
+        run_experiment(check_only=arguments == ["--check"])
+    except Stop as stop:
+        sys.exit(f"error: {stop}" if world()[0] == 0 else 1)
+    except KeyboardInterrupt:
+        print("interrupted: RESUME=auto with the same RUN_NAME continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
