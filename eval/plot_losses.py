@@ -1,0 +1,69 @@
+"""Draw the loss curves of the runs in a directory from their metrics.jsonl.
+
+    python eval/plot_losses.py logs/ablation                 # every sub-directory that holds a metrics.jsonl is one line
+    python eval/plot_losses.py logs/ablation --output loss   # writes loss.png and loss.svg
+
+Left: training loss, averaged over 10 steps, and validation loss as dots. Right: milliseconds a step.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+SMOOTHING = 10  # steps
+
+
+def read_runs(directory: Path) -> dict[str, list[dict]]:
+    """Records of every run below `directory`, by name; ValueError if there is none."""
+    paths = sorted(directory.glob("*/metrics.jsonl"))
+    if not paths:
+        raise ValueError(f"{directory}: no run below it holds a metrics.jsonl")
+    return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Mean of each value and up to SMOOTHING - 1 before it."""
+    return [sum(part) / len(part) for part in (values[max(0, i + 1 - SMOOTHING) : i + 1] for i in range(len(values)))]
+
+
+def draw(runs: dict[str, list[dict]], output: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, records in runs.items():
+        steps = [r for r in records if "train_loss" in r]
+        points = [r for r in records if "val_loss" in r]
+        x = [r["step"] for r in steps]
+        (line,) = left.plot(x, smooth([r["train_loss"] for r in steps]), linewidth=1, label=name)
+        left.plot([r["step"] for r in points], [r["val_loss"] for r in points], "o", color=line.get_color(), markersize=4)
+        right.plot(x, [r["step_ms"] for r in steps], linewidth=1, color=line.get_color(), label=name)
+    left.set(xlabel="step", ylabel="nats per token", title=f"training loss (mean of {SMOOTHING}), validation (dots)")
+    right.set(xlabel="step", ylabel="ms per step", title="step time", ylim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    for suffix in (".png", ".svg"):
+        figure.savefig(output.with_suffix(suffix), dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--output", type=Path, help="path without suffix (default: DIRECTORY/loss)")
+    args = parser.parse_args()
+    output = args.output or args.directory / "loss"
+    try:
+        draw(read_runs(args.directory), output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{output.with_suffix('.png')} and {output.with_suffix('.svg')}")
+
+
+if __name__ == "__main__":
+    main()
