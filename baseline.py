@@ -64,11 +64,24 @@ class Hyperparameters:
 
     @classmethod
     def from_environment(cls) -> "Hyperparameters":
-        try:
-            args = cls(**{f.name: type(f.default)(os.environ[f.name.upper()])
-                          for f in fields(cls) if f.name.upper() in os.environ})
-        except ValueError as error:
-            raise SystemExit(f"error: environment: {error}") from None
+        values = {}
+        for field in fields(cls):
+            variable, kind = field.name.upper(), type(field.default)
+            if variable in os.environ:
+                try:
+                    values[field.name] = kind(os.environ[variable])
+                except ValueError:
+                    raise SystemExit(f"error: {variable}={os.environ[variable]!r} is not of type {kind.__name__}") from None
+        args = cls(**values)
+        for name, least in dict(batch_tokens=1, train_seq_len=1, val_seq_len=1, val_tokens=1, vocab_size=1, num_layers=2,
+                                num_heads=1, head_dim=4, model_dim=1, num_iterations=1, val_loss_every=0).items():
+            if getattr(args, name) < least:
+                raise SystemExit(f"error: {name.upper()}={getattr(args, name)} must be at least {least}")
+        if args.head_dim % 4:
+            raise SystemExit(f"error: HEAD_DIM={args.head_dim} is not a multiple of 4")
+        if not (0 < args.window_blocks < math.inf and 0 <= args.cooldown_frac <= 1):
+            raise SystemExit(f"error: WINDOW_BLOCKS={args.window_blocks} must be positive and "
+                             f"COOLDOWN_FRAC={args.cooldown_frac} between 0 and 1")
         for name in ("train_seq_len", "val_seq_len"):
             if getattr(args, name) % BLOCK:
                 raise SystemExit(f"error: {name.upper()}={getattr(args, name)} is not a multiple of {BLOCK}")
@@ -451,7 +464,7 @@ def token_batches(pattern: str, tokens_per_batch: int, vocab_size: int):
         tokens = open_shard(path, vocab_size)
         for start in range(0, len(tokens) - tokens_per_batch - 1, tokens_per_batch):
             yield tokens[start : start + tokens_per_batch + 1]
-    raise SystemExit(f"error: {pattern!r} has run out of tokens; add shards or lower NUM_ITERATIONS")
+    raise SystemExit(f"error: {pattern!r} has run out of tokens; add shards, or lower NUM_ITERATIONS (or VAL_TOKENS)")
 
 
 def local_sequences(batch: np.ndarray, seq_len: int, device: torch.device):
@@ -505,7 +518,7 @@ class Trainer:
         self.num_sequences = args.batch_tokens // args.train_seq_len
         self.model = build_model(args, device)
         self.optimizers = make_optimizers(self.model)
-        self.forward = torch.compile(self.model, dynamic=False) if device.type == "cuda" else self.model
+        self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if device.type == "cuda" else self.model
 
     def lists(self, tokens_T: Tensor, step: int) -> dict[bool, WindowLists]:
         """Long and short window lists; the window is a tensor, so that its growth never recompiles."""
@@ -567,6 +580,8 @@ def main() -> None:
     if world_size > args.batch_tokens // args.train_seq_len:
         raise SystemExit(f"error: {world_size} processes, but BATCH_TOKENS / TRAIN_SEQ_LEN is only "
                          f"{args.batch_tokens // args.train_seq_len} sequences")
+    for pattern in (args.train_files, args.val_files):  # a missing shard shows now, not after the compilation
+        find_shards(pattern)
     batches = token_batches(args.train_files, args.batch_tokens, args.vocab_size)
     device = set_up_device()
     log_path = Path(args.log_dir) / f"{args.run_name}.txt"

@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ from data import shards
 from eval.needle import Haystack, check_needle_shape, draw_needles, evaluate_needles
 from model.attention import BLOCK, MAX_BACKWARD_BLOCKS, Documents, pointer_attention, with_flex_parts
 from model.attn_bias import (
+    MAX_POSITION,
     LayerTelemetry,
     ListShape,
     PointerState,
@@ -229,6 +231,8 @@ class Config:
             problems.append(f"the wavelengths are empty: SPECTRAL_L_MAX={shape.l_max} must exceed l_train={shape.l_train}")
         if shape.l_train <= BLOCK:
             problems.append(f"SPECTRAL_L_TRAIN={shape.l_train} must exceed the block of {BLOCK} tokens")
+        if self.max_seq_len > MAX_POSITION:
+            problems.append(f"sequences of {self.max_seq_len} tokens: the bias knows positions up to {MAX_POSITION}")
         if self.spectral_impl == "qk_aug" and self.spectral_qk_layout == "fold" and shape.num_features > self.head_dim // 2:
             problems.append(f"fold needs 2 x SPECTRAL_BANDS + 4 = {shape.num_features} of the HEAD_DIM / 2 = "
                             f"{self.head_dim // 2} dimensions that do not rotate: take fewer bands or "
@@ -311,7 +315,7 @@ def unknown_variables(environment) -> list[str]:
     problems = []
     for name in sorted(set(environment) - set(known)):
         ours = name.startswith(CHECKED_PREFIXES)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if ours else 0.9) if ours or "_" in name else []
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if ours else 0.92) if ours or "_" in name else []
         if ours or near:
             problems.append(f"{name} is not a variable of this script" + (f"; did you mean {near[0]}?" if near else ""))
     return problems
@@ -767,8 +771,11 @@ class TokenLoader:
         p = self.position
         if self.opened != p["shard"]:
             path = self.paths[p["shard"]]
-            self.tokens, self.opened = shards.open_shard(path), p["shard"]
-            shards.check_tokens(path, self.tokens, self.vocab_size)
+            try:  # a run opens a shard when its turn comes, long after the checks at its start
+                self.tokens, self.opened = shards.open_shard(path), p["shard"]
+                shards.check_tokens(path, self.tokens, self.vocab_size)
+            except ValueError as error:
+                raise Stop(str(error)) from None
         start = p["batch"] * self.batch
         p["batch"] += 1
         if p["batch"] == self.batches[p["shard"]]:
@@ -798,6 +805,8 @@ def local_sequences(batch: np.ndarray, seq_len: int, device: torch.device):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes, run directory, checkpoints
+
+CHECKPOINT_KEYS = {"config", "model", "optimizers", "loader", "step", "total_steps", "rng"}
 
 
 def world() -> tuple[int, int, int]:
@@ -835,6 +844,9 @@ def write_atomically(path: Path, write) -> None:
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind a RuntimeError of its own
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise Stop(f"{path}: cannot be written ({' '.join(str(reason).split())})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -854,7 +866,10 @@ class RunDirectory:
             dist.barrier()  # every rank has looked before rank 0 writes
         if occupied:
             raise Stop(f"{self.path} already holds a run: set RESUME=auto to continue it, or another RUN_NAME")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Stop(f"{self.path}: cannot be created ({error.strerror}); set LOG_DIR to a directory you may write") from None
         writes_log = self.rank == 0 or config.log_all_ranks
         self.log_file = (self.path / ("log.txt" if self.rank == 0 else f"log_rank{self.rank}.txt")).open("a") \
             if writes_log else None
@@ -882,36 +897,45 @@ class RunDirectory:
                 file.write(json.dumps(record) + "\n")
 
     def drop_metrics_after(self, step: int) -> None:
-        """A resumed run repeats the steps behind its checkpoint: their records go, so that none is there twice."""
+        """A resumed run repeats what came after its checkpoint, the validation at that step included: those records go, so
+        that none is there twice. A torn last line goes too."""
         path = self.path / "metrics.jsonl"
         if self.rank == 0 and path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            records = [json.loads(line) for line in lines]
+            kept = [line for line, r in zip(lines, records, strict=True)
+                    if r["step"] < step or (r["step"] == step and "train_loss" in r)]
             write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
     def read_metrics(self) -> list[dict]:
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_text().splitlines()] if self.rank == 0 and path.exists() else []
 
     def write_json(self, name: str, value: dict) -> None:
         if self.rank == 0:
             write_atomically(self.path / name, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
-    def newest_checkpoint(self) -> Path | None:
-        found = [p for p in self.path.glob("state_step*.pt") if re.fullmatch(r"state_step\d{6,}\.pt", p.name)]
-        return max(found, key=lambda p: int(p.stem.removeprefix("state_step")), default=None)
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    found = [p for p in directory.glob("state_step*.pt") if re.fullmatch(r"state_step\d{6,}\.pt", p.name)]
+    return max(found, key=lambda p: int(p.stem.removeprefix("state_step")), default=None)
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint's content on the CPU; Stop names the file if it cannot be read."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:  # torch does not see a damaged tensor, the archive's checksums do
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise Stop(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises four kinds for damaged files: all mean that this file cannot be used
-        raise Stop(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[:1]})") from None
-    if not isinstance(state, dict) or "config" not in state or "model" not in state:
-        raise Stop(f"{path}: not a checkpoint of this script (no model and configuration inside)")
+        reason = str(error).strip().partition("\n")[0]
+        raise Stop(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from None
+    if damaged:
+        raise Stop(f"{path}: damaged, {damaged} inside does not match its checksum")
+    if not isinstance(state, dict) or not CHECKPOINT_KEYS <= state.keys():
+        raise Stop(f"{path}: not a checkpoint of this script, which holds {', '.join(sorted(CHECKPOINT_KEYS))}")
     return state
 
 
@@ -920,12 +944,12 @@ def differing_settings(old: dict, new: Config, groups: tuple[str, ...]) -> list[
             if f.metadata["group"] in groups and old.get(f.name) != getattr(new, f.name)]
 
 
-def load_weights(model: GPT, state: dict, path) -> None:
+def load_weights(model: GPT, state: dict, path, assign: bool = False) -> None:
     differences = differing_settings(state["config"], model.config, ("model",))
     if differences:
         raise Stop(f"{path} holds another model: {'; '.join(differences)}")
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(dict(state["model"]), assign=assign)  # a copy: torch leaves `assign` noted in the original
     except RuntimeError as error:
         raise Stop(f"{path} does not fit this model: {' '.join(str(error).split())[:300]}") from None
 
@@ -987,7 +1011,7 @@ class Trainer:
                 block.attn.backend = backend
         self.run.log(f"attention backend: {backend} ({reason}); compiled: {int(self.compiled)}")
         if self.config.spectral_bias and self.config.spectral_impl == "score_mod":
-            self.run.log("SPECTRAL_IMPL=score_mod is slow: on an H200 about 100 times the attention time of qk_aug")
+            self.run.log("SPECTRAL_IMPL=score_mod is slow: at 64k tokens on an H200 six times the attention time of qk_aug")
         if self.config.torchdynamo_suppress_errors:
             self.run.log("TORCHDYNAMO_SUPPRESS_ERRORS=1: what fails to compile runs uncompiled, and slowly")
 
@@ -1071,10 +1095,15 @@ class Trainer:
             return total.cpu().numpy()
 
         rank, world_size, _ = world()
-        return evaluate_needles(score_answer, haystack, seq_len=config.needle_seq_len, distances=config.needle_distances,
+        started = time.perf_counter()
+        blob = evaluate_needles(score_answer, haystack, seq_len=config.needle_seq_len, distances=config.needle_distances,
                                 samples_per_distance=config.needle_samples_per_distance,
                                 anchor_len=config.needle_anchor_len, value_len=config.needle_value_len, seed=config.seed,
                                 step=self.step, rank=rank, world_size=world_size, reduce=reduce)
+        samples = len(config.needle_distances) * config.needle_samples_per_distance
+        self.run.log(f"needle evaluation: {samples} forwards of {config.needle_seq_len:,} tokens over {world_size} processes "
+                     f"in {time.perf_counter() - started:.2f} s")
+        return blob
 
     def warm_up(self) -> None:
         """Compile every graph of the run on random tokens, untimed, then put every state back."""
@@ -1129,11 +1158,7 @@ class Trainer:
             write_atomically(path, partial(torch.save, self.state()))
             self.run.log(f"saved {path}")
 
-    def resume(self, path: Path) -> None:
-        state = read_checkpoint(path)
-        differences = differing_settings(state["config"], self.config, RESUME_MUST_MATCH)
-        if differences:
-            raise Stop(f"{path} belongs to another configuration: {'; '.join(differences)}")
+    def resume(self, state: dict, path: Path) -> None:
         load_weights(self.model, state, path)
         for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
@@ -1194,7 +1219,8 @@ def train(trainer: Trainer) -> None:
     world_size = world()[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak_flops = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-    step_seconds, train_seconds, mfu = [], 0.0, None
+    step_seconds, mfu = [], None
+    train_seconds = sum(r.get("step_ms", 0) for r in run.read_metrics()) / 1e3  # of the steps before a resumption
     bar = tqdm(total=config.num_iterations, initial=trainer.step, disable=None if run.rank == 0 else True,
                desc=f"arm {config.arm}", unit="step", dynamic_ncols=True)
 
@@ -1202,7 +1228,7 @@ def train(trainer: Trainer) -> None:
         if config.val_tokens:
             value = trainer.validate()
             run.metrics(step=trainer.step, val_loss=value)
-            run.log(f"step {trainer.step}/{config.num_iterations} val_loss {value:.4f} train_time {train_seconds:.1f} s")
+            run.log(f"step {trainer.step}/{trainer.total_steps} val_loss {value:.4f} train_time {train_seconds:.1f} s")
 
     while trainer.step < config.num_iterations:
         if config.val_loss_every and trainer.step % config.val_loss_every == 0:
@@ -1298,6 +1324,36 @@ def check_world(config: Config) -> None:
                    f"BATCH_TOKENS or start fewer processes")
 
 
+class Start(NamedTuple):
+    """The checkpoint that a run begins with."""
+
+    path: Path
+    state: dict
+    resumed: bool  # continue its run, instead of taking its weights alone
+
+
+def find_start(config: Config, loaded: dict | None) -> Start | None:
+    if loaded is not None:
+        return Start(Path(config.load_checkpoint), loaded, resumed=False)
+    path = None if config.resume == "0" else Path(config.resume)
+    if config.resume == "auto":
+        path = newest_checkpoint(Path(config.log_dir) / config.run_name)
+    return path and Start(path, read_checkpoint(path), resumed=True)
+
+
+def check_start(config: Config, start: Start | None) -> int:
+    """Stop unless the checkpoint fits model and configuration; returns the number of parameters. Allocates nothing."""
+    if start and start.resumed:
+        differences = differing_settings(start.state["config"], config, RESUME_MUST_MATCH)
+        if differences:
+            raise Stop(f"{start.path} belongs to another configuration: {'; '.join(differences)}")
+    with torch.device("meta"):
+        model = GPT(config)
+    if start:
+        load_weights(model, start.state, start.path, assign=True)
+    return sum(p.numel() for p in model.parameters())
+
+
 def run_experiment(check_only: bool) -> None:
     loaded_path = os.environ.get("LOAD_CHECKPOINT", "")
     loaded = read_checkpoint(loaded_path) if loaded_path else None
@@ -1305,34 +1361,34 @@ def run_experiment(check_only: bool) -> None:
     check_world(config)
     if not (config.num_iterations or config.needle_eval or config.val_tokens):
         raise Stop("NUM_ITERATIONS=0, NEEDLE_EVAL=0 and VAL_TOKENS=0 leave nothing to do")
+    choose_backend(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     haystack = check_data(config, every_token=check_only)
+    start = find_start(config, loaded)
+    parameters = check_start(config, start)
     if check_only:
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in GPT(config).parameters())
         print(f"configuration, data and shapes are valid: arm {config.arm}, {parameters:,} parameters, "
               f"{config.num_iterations} steps of {config.batch_tokens:,} tokens")
         return
-    device = set_up_device()
+    device = set_up_device()  # nothing was created so far, and everything that can be refused has been
     run = RunDirectory(config)
     try:
-        execute(config, device, run, loaded, haystack)
+        execute(config, device, run, start, haystack)
     except Stop as stop:
         run.log(f"error: {stop}", echo=False)
         raise
 
 
-def execute(config: Config, device: torch.device, run: RunDirectory, loaded: dict | None, haystack: Haystack | None) -> None:
+def execute(config: Config, device: torch.device, run: RunDirectory, start: Start | None, haystack: Haystack | None) -> None:
     """Build, load or resume, train, evaluate, summarise."""
     log_environment(run, config, device)
     trainer = Trainer(config, device, run)
-    if loaded is not None:
-        load_weights(trainer.model, loaded, config.load_checkpoint)
+    if start and not start.resumed:
+        load_weights(trainer.model, start.state, start.path)
         if not config.num_iterations:  # evaluate with the schedules where the checkpoint left them
-            trainer.step, trainer.total_steps = loaded["step"], loaded["total_steps"]
+            trainer.step, trainer.total_steps = start.state["step"], start.state["total_steps"]
     trainer.warm_up()
-    checkpoint = run.newest_checkpoint() if config.resume == "auto" else None if config.resume == "0" else Path(config.resume)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
+    if start and start.resumed:
+        trainer.resume(start.state, start.path)
     elif config.resume == "auto":
         run.log("RESUME=auto: no checkpoint in the run directory, starting at step 0")
         run.drop_metrics_after(-1)

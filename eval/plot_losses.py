@@ -3,7 +3,8 @@
     python eval/plot_losses.py logs/ablation                 # every sub-directory that holds a metrics.jsonl is one line
     python eval/plot_losses.py logs/ablation --output loss   # writes loss.png and loss.svg
 
-Left: training loss, averaged over 10 steps, and validation loss as dots. Right: milliseconds a step.
+Left: training loss, averaged over 10 steps, and validation loss as dots. Middle: the same less that of the first run, where
+both have the step. Right: milliseconds a step.
 """
 
 import argparse
@@ -35,19 +36,27 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    first = None
     for name, records in runs.items():
         steps = [r for r in records if "train_loss" in r]
-        points = [r for r in records if "val_loss" in r]
         x = [r["step"] for r in steps]
-        (line,) = left.plot(x, smooth([r["train_loss"] for r in steps]), linewidth=1, label=name)
-        left.plot([r["step"] for r in points], [r["val_loss"] for r in points], "o", color=line.get_color(), markersize=4)
-        right.plot(x, [r["step_ms"] for r in steps], linewidth=1, color=line.get_color(), label=name)
+        train = dict(zip(x, smooth([r["train_loss"] for r in steps]), strict=True))
+        val = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
+        first = first or (train, val)
+        (line,) = left.plot(x, train.values(), linewidth=1, label=name)
+        left.plot(val.keys(), val.values(), "o", color=line.get_color(), markersize=4)
+        for values, base, style in ((train, first[0], "-"), (val, first[1], "o")):
+            shared = [step for step in values if step in base]
+            middle.plot(shared, [values[step] - base[step] for step in shared], style, color=line.get_color(), linewidth=1,
+                        markersize=4)
+        right.plot(x, [r["step_ms"] for r in steps], linewidth=1, color=line.get_color())
     left.set(xlabel="step", ylabel="nats per token", title=f"training loss (mean of {SMOOTHING}), validation (dots)")
+    middle.set(xlabel="step", ylabel="nats per token", title=f"loss less that of {next(iter(runs))}")
     right.set(xlabel="step", ylabel="ms per step", title="step time", ylim=(0, None))
-    for axes in (left, right):
+    left.legend()
+    for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-        axes.legend()
     for suffix in (".png", ".svg"):
         figure.savefig(output.with_suffix(suffix), dpi=120)
 
