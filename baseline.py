@@ -101,8 +101,8 @@ def fp8_linear(x_TC: Tensor, w_VC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x @ w.T in FP8; returns bf16 logits and the two quantised operands that the backward needs."""
     x8 = x_TC.div(FP8_X_SCALE).to(torch.float8_e4m3fn)
     w8 = w_VC.div(FP8_W_SCALE).to(torch.float8_e4m3fn)
-    out = torch._scaled_mm(x8, w8.T, out_dtype=torch.bfloat16, scale_a=x_TC.new_tensor(FP8_X_SCALE, dtype=torch.float32),
-                           scale_b=x_TC.new_tensor(FP8_W_SCALE, dtype=torch.float32), use_fast_accum=True)
+    out = torch._scaled_mm(x8, w8.T, out_dtype=torch.bfloat16, scale_a=x_TC.new_full((), FP8_X_SCALE, dtype=torch.float32),
+                           scale_b=x_TC.new_full((), FP8_W_SCALE, dtype=torch.float32), use_fast_accum=True)
     return out, x8, w8
 
 
@@ -114,7 +114,7 @@ def _(x_TC, w_VC):
 
 @torch.library.custom_op("baseline::fp8_linear_backward", mutates_args=())
 def fp8_linear_backward(grad_TV: Tensor, x8: Tensor, w8: Tensor) -> tuple[Tensor, Tensor]:
-    x_scale, w_scale, grad_scale = (grad_TV.new_tensor(s, dtype=torch.float32)
+    x_scale, w_scale, grad_scale = (grad_TV.new_full((), s, dtype=torch.float32)
                                     for s in (FP8_X_SCALE, FP8_W_SCALE, FP8_GRAD_SCALE))
     grad8 = grad_TV.div(FP8_GRAD_SCALE).to(torch.float8_e5m2)
     grad_x = torch._scaled_mm(grad8, w8.T.contiguous().T, out_dtype=torch.bfloat16,

@@ -356,8 +356,8 @@ def fp8_linear(x_TC: Tensor, w_VC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x @ w.T with e4m3 operands; returns bf16 logits and the two quantised operands that the backward needs."""
     x8 = x_TC.div(FP8_X_SCALE).to(torch.float8_e4m3fn)
     w8 = w_VC.div(FP8_W_SCALE).to(torch.float8_e4m3fn)
-    out = torch._scaled_mm(x8, w8.T, out_dtype=torch.bfloat16, scale_a=x_TC.new_tensor(FP8_X_SCALE, dtype=torch.float32),
-                           scale_b=x_TC.new_tensor(FP8_W_SCALE, dtype=torch.float32), use_fast_accum=True)
+    out = torch._scaled_mm(x8, w8.T, out_dtype=torch.bfloat16, scale_a=x_TC.new_full((), FP8_X_SCALE, dtype=torch.float32),
+                           scale_b=x_TC.new_full((), FP8_W_SCALE, dtype=torch.float32), use_fast_accum=True)
     return out, x8, w8
 
 
@@ -370,7 +370,7 @@ def _(x_TC, w_VC):
 @torch.library.custom_op("scope::fp8_linear_backward", mutates_args=())
 def fp8_linear_backward(grad_TV: Tensor, x8: Tensor, w8: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients in e5m2. Their fixed scale is made for a mean over one sequence: never divide the loss before it."""
-    x_scale, w_scale, grad_scale = (grad_TV.new_tensor(s, dtype=torch.float32)
+    x_scale, w_scale, grad_scale = (grad_TV.new_full((), s, dtype=torch.float32)
                                     for s in (FP8_X_SCALE, FP8_W_SCALE, FP8_GRAD_SCALE))
     grad8 = grad_TV.div(FP8_GRAD_SCALE).to(torch.float8_e5m2)
     grad_x = torch._scaled_mm(grad8, w8.T.contiguous().T, out_dtype=torch.bfloat16,
@@ -1003,6 +1003,7 @@ class Trainer:
                            mode=None if self.config.torch_compile_mode == "default" else self.config.torch_compile_mode)
             self.forward = torch.compile(self.model, **options)
             self.score_end = torch.compile(self.model.score_end, **options)
+        self.clear_gradients()
 
     def use_backend(self, backend: str, reason: str) -> None:
         self.backend = backend
@@ -1021,9 +1022,22 @@ class Trainer:
     def context(self, tokens_T: Tensor) -> Context:
         return self.schedule().context(tokens_T, self.model.training, self.backend)
 
+    @property
+    def cuda_graphs(self) -> bool:
+        return self.compiled and self.config.torch_compile_mode != "default"
+
     def new_graph_step(self) -> None:
-        if self.compiled and self.config.torch_compile_mode != "default":
+        """CUDA graphs reuse the memory of their outputs from here on."""
+        if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
+
+    def clear_gradients(self) -> None:
+        """Gradients are allocated by the backward, except under CUDA graphs: there they must outlive the graph's memory, so
+        the backward adds to tensors of their own."""
+        self.model.zero_grad(set_to_none=not self.cuda_graphs)
+        if self.cuda_graphs:
+            for p in self.model.parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
     def accumulate(self, sequences) -> Tensor:
         """Forward and backward of this process's sequences; returns the sum of their losses. Losses are not divided before
@@ -1059,7 +1073,7 @@ class Trainer:
                 if isinstance(opt, Muon):
                     group["momentum"] = schedule.muon_momentum
             opt.step()
-        self.model.zero_grad(set_to_none=True)
+        self.clear_gradients()
         return loss, grad_norm
 
     @torch.no_grad()
@@ -1139,7 +1153,7 @@ class Trainer:
         self.model.load_state_dict(saved[0])
         for opt, state in zip(self.optimizers, saved[1:], strict=True):
             opt.load_state_dict(state)
-        self.model.zero_grad(set_to_none=True)
+        self.clear_gradients()
         self.graphs_after_warm_up = compiled_graphs()
         self.run.log(f"warm-up: {time.perf_counter() - started:.1f} s, {self.graphs_after_warm_up} graphs compiled")
 

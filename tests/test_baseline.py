@@ -21,7 +21,7 @@ import baseline
 from baseline import BLOCK, GPT, Hyperparameters, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-FROZEN_SHA256 = "4b7e294ca158604a3d540cc0eb70343bf16b42a4ac3ee248461512b7eaaa17d8"
+FROZEN_SHA256 = "53b363a3f00bc3777a364d8fccdf61027faa04af6ceb7e2c30524d1275943d4d"
 
 CPU = torch.device("cpu")
 on_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

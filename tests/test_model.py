@@ -635,7 +635,7 @@ def shards(tmp_path_factory):
 
 def compiled_run(shards, logs, backend, monkeypatch, **variables):
     """A run of the script with TORCH_COMPILE=1 that crosses every change of every schedule; returns its directory."""
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: COMPILE(*args, **options | dict(backend=backend)))
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: COMPILE(*args, **options | dict(backend=backend, mode=None)))
     values = BASE | SCHEDULED | shards | dict(
         TRAIN_SEQ_LEN=512, BATCH_TOKENS=512, VAL_SEQ_LEN=256, VAL_TOKENS=512, NUM_LAYERS=2, NUM_ITERATIONS=8, VAL_LOSS_EVERY=3,
         SPECTRAL_POINTER_GLOBAL_BLOCKS_WARMUP_STEPS=3, SCOPE_LOG_EVERY=2, SAVE_CHECKPOINT=0, LOG_DIR=logs, RUN_NAME="r",
@@ -668,6 +668,27 @@ def test_warming_up_leaves_nothing_behind(shards, tmp_path, fresh_dynamo, monkey
     warm = compiled_run(shards, tmp_path, "eager", monkeypatch, WARMUP_STEPS=2, RUN_NAME="warm", **few)
     cold = compiled_run(shards, tmp_path, "eager", monkeypatch, WARMUP_STEPS=0, RUN_NAME="cold", **few)
     assert record_lines(warm) == record_lines(cold) and len(record_lines(warm)) == 4 + 3
+
+
+def test_gradients_outlive_cuda_graphs(shards, tmp_path, fresh_dynamo, monkeypatch, bitwise):
+    """Graph replays reuse the memory of their outputs: under them gradients are tensors of our own, with the same sums."""
+    few = dict(NUM_ITERATIONS=3, NEEDLE_EVAL=0, NEEDLE_SEQ_LEN=65536, BATCH_TOKENS=1024)
+    owned = []
+    step = S.Trainer.train_step
+
+    def watched(trainer, sequences):
+        before = [p.grad is not None and p.grad.data_ptr() for p in trainer.model.parameters()]
+        assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
+        result = step(trainer, sequences)
+        owned.append(before == [p.grad is not None and p.grad.data_ptr() for p in trainer.model.parameters()] and all(before))
+        return result
+
+    plain = compiled_run(shards, tmp_path, "eager", monkeypatch, RUN_NAME="plain", **few)
+    monkeypatch.setattr(S.Trainer, "train_step", watched)
+    few |= dict(RUN_NAME="graphs", TORCH_COMPILE_MODE="reduce-overhead")
+    graphs = compiled_run(shards, tmp_path, "eager", monkeypatch, **few)
+    assert owned and all(owned)
+    assert record_lines(plain) == record_lines(graphs)
 
 
 def test_a_compiler_that_fails(shards, tmp_path, fresh_dynamo, monkeypatch):
