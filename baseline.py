@@ -199,14 +199,13 @@ def window_lists(tokens_T: Tensor, delimiter: int, window: Tensor, width: int) -
 def block_gather_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, lists: WindowLists) -> Tensor:
     """The same attention in plain PyTorch (FlexAttention has no CPU backward): gather the listed blocks, mask, softmax."""
     B, H, T, D = q_BHTD.shape
-    N, W = T // BLOCK, int(lists.num_N.max())  # slots that no row uses are not worth gathering
-    idx_NW = lists.idx_NW[:, :W]
+    N, W = lists.idx_NW.shape
     # One flat row per (batch, head, block): the backward of index_select adds in a fixed order, hence deterministic.
-    rows = torch.arange(B * H, device=q_BHTD.device).view(B, H, 1, 1) * N + idx_NW
+    rows = torch.arange(B * H, device=q_BHTD.device).view(B, H, 1, 1) * N + lists.idx_NW
     k_BHNSD, v_BHNSD = (x.reshape(B * H * N, BLOCK * D).index_select(0, rows.flatten()).view(B, H, N, W * BLOCK, D)
                         for x in (k_BHTD, v_BHTD))
     position = torch.arange(T, device=q_BHTD.device).view(N, BLOCK)
-    kv_NS, q_NM = position[idx_NW].view(N, 1, W * BLOCK), position[:, :, None]
+    kv_NS, q_NM = position[lists.idx_NW].view(N, 1, W * BLOCK), position[:, :, None]
     listed_NS = (torch.arange(W, device=q_BHTD.device) < lists.num_N[:, None]).repeat_interleave(BLOCK, 1)[:, None]
     visible_NMS = listed_NS & (kv_NS <= q_NM) & (lists.docs_T[kv_NS] == lists.docs_T[q_NM])
     scores = q_BHTD.reshape(B, H, N, BLOCK, D) @ k_BHNSD.mT * ATTENTION_SCALE

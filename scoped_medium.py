@@ -1242,6 +1242,8 @@ def train(trainer: Trainer) -> None:
     def validate() -> None:
         if config.val_tokens:
             value = trainer.validate()
+            if not math.isfinite(value):
+                raise Stop(f"step {trainer.step}: validation loss {value} is not finite; the last checkpoint is intact")
             run.metrics(step=trainer.step, val_loss=value)
             run.log(f"step {trainer.step}/{trainer.total_steps} val_loss {value:.4f} train_time {train_seconds:.1f} s")
 

@@ -66,9 +66,9 @@ def pointer_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, lists: Blo
 def _reference(q_BHTD, k_BHTD, v_BHTD, lists, documents, scale, bias):
     B, H, T, D = q_BHTD.shape
     N, W, device = T // BLOCK, lists.idx_BHNW.size(-1), q_BHTD.device
-    if not torch.compiler.is_compiling():  # slots that no row uses are not worth gathering
-        W = int(lists.num_BHN.max())
-    num_BHN, idx_BHNW = lists.num_BHN.expand(B, H, N), lists.idx_BHNW[..., :W].expand(B, H, N, W).long()
+    # All W slots, also where the fullest list is shorter: a width read off the lists would let a later token change the
+    # rounding of earlier outputs.
+    num_BHN, idx_BHNW = lists.num_BHN.expand(B, H, N), lists.idx_BHNW.expand(B, H, N, W).long()
     first_row_BH = torch.arange(B * H, device=device).view(B, H, 1, 1) * N
     position_NM = torch.arange(T, device=device).view(N, BLOCK)
     out = []

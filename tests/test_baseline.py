@@ -21,7 +21,7 @@ import baseline
 from baseline import BLOCK, GPT, Hyperparameters, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-FROZEN_SHA256 = "53b363a3f00bc3777a364d8fccdf61027faa04af6ceb7e2c30524d1275943d4d"
+FROZEN_SHA256 = "74a75aa95cc89b9b27dff356cbc61664a3033ba881904a376349a309dfd6d72c"
 
 CPU = torch.device("cpu")
 on_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

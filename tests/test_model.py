@@ -53,13 +53,6 @@ def one_thread(monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def bitwise(monkeypatch):
-    """The reference gathers as many slots as the fullest list of the sequence needs, except under the compiler. The number
-    changes the order of float sums, by some 1e-6: here it always gathers all."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-
-
 def config_for(**variables):
     return S.Config.from_environment({name: str(value) for name, value in (BASE | variables).items()})
 
@@ -116,13 +109,13 @@ def leaks(model, seed):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_no_token_sees_the_future(name, bitwise):
+def test_no_token_sees_the_future(name):
     for seed in (0, 1):
         assert leaks(model_for(seed=seed, **VARIANTS[name]), seed) == []
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_one_changed_token_is_not_seen_before_it(name, bitwise):
+def test_one_changed_token_is_not_seen_before_it(name):
     """A single delimiter more, or one less, moves document bounds and anchors too."""
     model, tokens = model_for(seed=2, **VARIANTS[name]), documents_of(T, 5)
     before = logits_of(model, tokens)
@@ -151,19 +144,19 @@ def last_tokens_document(tokens_T, delimiter):
 
 @pytest.mark.parametrize("name", ["C", "C all layers", "C append"])
 @pytest.mark.parametrize("rule", [last_token_leads, middle_token_leads])
-def test_the_causality_test_finds_a_wrong_leader(name, rule, bitwise, monkeypatch):
+def test_the_causality_test_finds_a_wrong_leader(name, rule, monkeypatch):
     monkeypatch.setattr(S, "pointer_lists", rule)
     found = sum((leaks(model_for(seed=seed, **VARIANTS[name]), seed) for seed in (0, 1)), [])
     assert {300, 639} & set(found)
 
 
-def test_the_causality_test_finds_a_wrong_document(bitwise, monkeypatch):
+def test_the_causality_test_finds_a_wrong_document(monkeypatch):
     monkeypatch.setattr(S.Documents, "of", last_tokens_document)
     assert sum((leaks(model_for(seed=seed), seed) for seed in range(3)), [])
 
 
 @pytest.mark.parametrize("name", ["A", "C"])
-def test_documents_do_not_see_each_other(name, bitwise):
+def test_documents_do_not_see_each_other(name):
     model, tokens = model_for(**VARIANTS[name]), documents_of(T, 3)
     tokens[450] = DELIMITER
     before = logits_of(model, tokens)
@@ -236,7 +229,7 @@ def test_the_pointers_matter():
     assert not torch.equal(off, half) and not torch.equal(half, full)
 
 
-def test_flops_per_token_against_a_counter(bitwise):
+def test_flops_per_token_against_a_counter():
     """The reference multiplies whole gathered blocks, so where every slot of the lists is used it does what is counted."""
     model, tokens = model_for(NUM_LAYERS=8).train(), documents_of(T + 1, 1)
     with FlopCounterMode(display=False) as counter:
@@ -604,7 +597,7 @@ class DeviceReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["A", "B", "C"])
-def test_a_training_forward_and_backward_never_wait_for_the_device(name, bitwise):
+def test_a_training_forward_and_backward_never_wait_for_the_device(name):
     model, tokens = model_for(**VARIANTS[name]).train(), documents_of(T + 1, 14)
     with DeviceReads() as reads:
         out = model(tokens[:-1], tokens[1:].long(), context_of(model, tokens[:-1], training=True))
@@ -664,14 +657,14 @@ def test_no_schedule_recompiles(shards, tmp_path, fresh_dynamo, monkeypatch):
     assert int(re.search(r"warm-up: .* s, (\d+) graphs compiled", log)[1]) >= 3  # training, validation, needles
 
 
-def test_warming_up_leaves_nothing_behind(shards, tmp_path, fresh_dynamo, monkeypatch, bitwise):
+def test_warming_up_leaves_nothing_behind(shards, tmp_path, fresh_dynamo, monkeypatch):
     few = dict(NUM_ITERATIONS=4, NEEDLE_EVAL=0, NEEDLE_SEQ_LEN=65536)
     warm = compiled_run(shards, tmp_path, "eager", monkeypatch, WARMUP_STEPS=2, RUN_NAME="warm", **few)
     cold = compiled_run(shards, tmp_path, "eager", monkeypatch, WARMUP_STEPS=0, RUN_NAME="cold", **few)
     assert record_lines(warm) == record_lines(cold) and len(record_lines(warm)) == 4 + 3
 
 
-def test_gradients_outlive_cuda_graphs(shards, tmp_path, fresh_dynamo, monkeypatch, bitwise):
+def test_gradients_outlive_cuda_graphs(shards, tmp_path, fresh_dynamo, monkeypatch):
     """Graph replays reuse the memory of their outputs: under them gradients are tensors of our own, with the same sums."""
     few = dict(NUM_ITERATIONS=3, NEEDLE_EVAL=0, NEEDLE_SEQ_LEN=65536, BATCH_TOKENS=1024)
     owned = []

@@ -696,7 +696,7 @@ def test_unknown_arguments(arguments, settings, tmp_path):
 def test_what_a_shell_sees_of_a_refusal(settings, tmp_path):
     variables = settings | dict(LOG_DIR=tmp_path / "logs")
     torch.save(dict(config={}, model={}, step=Hostile(tmp_path / "executed")), tmp_path / "x.pt")
-    started = [start(variables | dict(SPECTRAL_BIA=1, TRAIN_SEQ_LEN="x")), start(variables, "--train"),
+    started = [start(variables | dict(SPECTRAL_BIA=1, TRAIN_SEQ_LEN="x")),
                start(variables | dict(LOAD_CHECKPOINT=tmp_path / "x.pt", NUM_ITERATIONS=0))]
     for result in map(finish, started):
         assert result.returncode == 1 and result.stdout == ""
