@@ -45,7 +45,15 @@ from tqdm import tqdm
 
 from data import shards
 from eval.needle import Haystack, check_needle_shape, draw_needles, evaluate_needles
-from model.attention import BLOCK, MAX_BACKWARD_BLOCKS, Documents, pointer_attention, with_flex_parts
+from model.attention import (
+    BLOCK,
+    MAX_TABLE_BLOCKS,
+    TRITON_CAPABILITY,
+    TRITON_HEAD_DIMS,
+    Documents,
+    pointer_attention,
+    prepare,
+)
 from model.attn_bias import (
     MAX_POSITION,
     LayerTelemetry,
@@ -150,17 +158,18 @@ class Config:
     log_every: int = _run(10, "steps between plain log lines", low=1)
     log_all_ranks: bool = _run(False, "one log file a rank")
 
-    attn_backend: str = _compiler("auto", "auto: FlexAttention on CUDA, the plain block-gather reference on CPU",
-                                  choices=("auto", "reference", "flex"))
+    attn_backend: str = _compiler("auto", "triton: own kernels, for Hopper and newer; flex: FlexAttention, any CUDA GPU; "
+                                          "reference: plain block gather, the CPU's; auto: the fastest that fits, and logged",
+                                  choices=("auto", "reference", "flex", "triton"))
     torch_compile: str = _compiler("auto", "compile the model: auto is 1 on CUDA and 0 on CPU", choices=("auto", "0", "1"))
     torch_compile_mode: str = _compiler("default", "mode of torch.compile",
                                         choices=("default", "reduce-overhead", "max-autotune"))
     torchdynamo_verbose: bool = _compiler(False, "read by torch itself: longer compiler errors")
     torchdynamo_suppress_errors: bool = _compiler(False, "read by torch itself: run in eager mode what fails to compile")
     torch_compile_fallback_to_eager: bool = _compiler(False, "if compiling fails, log it and go on without")
-    flexattn_dynamo_disable: bool = _compiler(False, "break the graph around FlexAttention")
+    flexattn_dynamo_disable: bool = _compiler(False, "break the graph around FlexAttention (auto then takes flex)")
     flexattn_compile: bool = _compiler(True, "compile FlexAttention by itself when it is outside a compiled graph "
-                                             "(0: the slow reference takes its place)")
+                                             "(0: the slow reference takes its place; auto then takes flex)")
 
     needle_eval: bool = _needle(False, "needle evaluation after the last step")
     needle_files: str = _needle("", "glob of the haystack's shards; empty: VAL_FILES")
@@ -217,6 +226,10 @@ class Config:
         refuse(self.resume == "auto" and not self.run_name, "RESUME=auto needs RUN_NAME, to know which run to continue")
         refuse("/" in self.run_name or self.run_name in (".", ".."), f"RUN_NAME={self.run_name} is not a directory name")
         refuse(self.needle_files and not self.needle_eval, "NEEDLE_FILES is set, but NEEDLE_EVAL is 0")
+        if self.attn_backend == "triton":
+            refuse(self.head_dim not in TRITON_HEAD_DIMS, f"ATTN_BACKEND=triton knows HEAD_DIM "
+                   f"{', '.join(map(str, TRITON_HEAD_DIMS))}, not {self.head_dim}: take ATTN_BACKEND=flex")
+            refuse(self.needs_flex, f"ATTN_BACKEND=triton contradicts {self.needs_flex}, which FlexAttention alone knows")
         if self.needle_eval:
             problems += check_needle_shape(self.needle_seq_len, self.needle_distances, self.needle_anchor_len,
                                            self.needle_value_len)
@@ -273,6 +286,13 @@ class Config:
     def list_shape(self) -> ListShape:
         return ListShape(self.spectral_pointer_local_blocks, self.spectral_pointer_half_blocks,
                          max(self.spectral_pointer_global_blocks, self.spectral_pointer_global_blocks_warmup))
+
+    @property
+    def needs_flex(self) -> str:
+        """The setting that only FlexAttention can serve, or nothing."""
+        asked = {"SPECTRAL_IMPL=score_mod": self.spectral_bias and self.spectral_impl == "score_mod",
+                 "FLEXATTN_DYNAMO_DISABLE=1": self.flexattn_dynamo_disable, "FLEXATTN_COMPILE=0": not self.flexattn_compile}
+        return next((setting for setting, wanted in asked.items() if wanted), "")
 
     @property
     def arm(self) -> str:
@@ -350,6 +370,7 @@ ATTENTION_SCALE = 0.12
 LOGIT_CAP, LOGIT_TEMPERATURE = 30.0, 7.5
 FP8_X_SCALE, FP8_W_SCALE, FP8_GRAD_SCALE = 0.5, 2.0**-9, 2.0**-19
 LONG_WINDOW_BLOCKS = 13.5  # the long window grows from 1 to 14 blocks
+EVAL_CHUNK = 131_072  # tokens of an evaluation whose MLP activations, and whose logits, exist at once
 
 
 @torch.library.custom_op("scope::fp8_linear", mutates_args=())
@@ -461,13 +482,14 @@ class Attention(nn.Module):
             telemetry = LayerTelemetry(prediction.delta_BHTM.detach(), lists.num_BHN, prediction.pi_entropy.detach(),
                                        prediction.penalties)
         q, k = rotary(q), rotary(k)
-        if bias is not None and config.spectral_impl == "qk_aug":
+        narrow_dot = self.backend == "triton" and config.spectral_qk_layout == "append"  # the kernels add the bias themselves
+        if bias is not None and config.spectral_impl == "qk_aug" and not narrow_dot:
             q, k = augment(q, k, bias, ATTENTION_SCALE, config.spectral_qk_layout)
             bias = None
         lambdas = self.lambdas.type_as(x)
         v = lambdas[0] * v if ve is None else lambdas[0] * v + lambdas[1] * ve.view_as(v)
-        y = pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), lists, context.documents, scale=ATTENTION_SCALE,
-                              backend=self.backend, bias=bias)
+        y, _ = pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), lists, context.documents, scale=ATTENTION_SCALE,
+                                 backend=self.backend, bias=bias)
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), self.out_w.type_as(x)), telemetry
 
 
@@ -478,6 +500,8 @@ class MLP(nn.Module):
         self.proj_w = nn.Parameter(torch.zeros(dim, 4 * dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and x.size(1) > EVAL_CHUNK:
+            return torch.cat([self(part) for part in x.split(EVAL_CHUNK, dim=1)], dim=1)
         return F.linear(F.linear(x, self.fc_w.type_as(x)).relu().square(), self.proj_w.type_as(x))
 
 
@@ -538,6 +562,11 @@ class GPT(nn.Module):
                        config.spectral_reg_edge)
             self.register_buffer("penalty_weights", torch.tensor(weights), persistent=False)
 
+    def use_backend(self, backend: str) -> None:
+        for block in self.blocks:
+            if block.attn is not None:
+                block.attn.backend = backend
+
     def hidden(self, tokens_T: Tensor, context: Context) -> tuple[Tensor, list[LayerTelemetry]]:
         L = self.config.num_layers
         x = x0 = norm(self.embed(tokens_T)[None])
@@ -561,9 +590,16 @@ class GPT(nn.Module):
             z = F.linear(x_TC, self.head_w.type_as(x_TC))
         return LOGIT_CAP * torch.sigmoid(z.float() / LOGIT_TEMPERATURE)
 
+    def cross_entropy(self, x_TC: Tensor, targets_T: Tensor) -> Tensor:
+        """Mean over the tokens, in nats."""
+        if not torch.is_grad_enabled() and len(x_TC) > EVAL_CHUNK:
+            parts = zip(x_TC.split(EVAL_CHUNK), targets_T.split(EVAL_CHUNK), strict=True)
+            return sum(self.cross_entropy(x, y) * len(x) for x, y in parts) / len(x_TC)
+        return F.cross_entropy(self.logits(x_TC), targets_T)
+
     def forward(self, tokens_T: Tensor, targets_T: Tensor, context: Context) -> Output:
         x_TC, telemetry = self.hidden(tokens_T, context)
-        loss = F.cross_entropy(self.logits(x_TC), targets_T)
+        loss = self.cross_entropy(x_TC, targets_T)
         objective = loss
         if telemetry:
             penalties = torch.stack([layer.penalties for layer in telemetry]).mean(0)
@@ -721,8 +757,7 @@ class Schedule(NamedTuple):
         documents = Documents.of(tokens_T, c.doc_delimiter)
         width = math.ceil(LONG_WINDOW_BLOCKS)
         windows = [window_lists(documents, values[0], width // 2), window_lists(documents, values[1], width)]
-        if backend != "reference":
-            windows = [with_flex_parts(lists, documents, needs_grad=training) for lists in windows]
+        windows = [prepare(lists, documents, backend=backend, needs_grad=training) for lists in windows]
         return Context(documents, tuple(windows), PointerState(*values[2:]))
 
     def listed_blocks(self, layer: int) -> int:
@@ -962,23 +997,32 @@ def load_weights(model: GPT, state: dict, path, assign: bool = False) -> None:
 def choose_backend(config: Config, device: torch.device) -> tuple[str, bool, str]:
     """(attention backend, whether the model is compiled, why)."""
     compiled = config.torch_compile == "1" or (config.torch_compile == "auto" and device.type == "cuda")
-    longest = MAX_BACKWARD_BLOCKS * BLOCK
-    if device.type == "cuda" and config.attn_backend != "reference" and config.spectral_use_pointer_mask \
-            and config.num_iterations and config.train_seq_len > longest:
-        raise Stop(f"TRAIN_SEQ_LEN={config.train_seq_len}: FlexAttention's backward over pointer lists takes at most {longest} "
-                   f"tokens (evaluation has no such limit)")
-    if config.attn_backend == "reference":
-        return "reference", compiled, "ATTN_BACKEND=reference"
+    wanted = config.attn_backend
+    if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
+        return "reference", compiled, ("ATTN_BACKEND=reference" if wanted != "auto"
+                                       else "no CUDA device: plain PyTorch block gather")
     if device.type != "cuda":
-        if config.attn_backend == "flex":
-            raise Stop("ATTN_BACKEND=flex needs a CUDA GPU: FlexAttention has no backward on the CPU")
-        return "reference", compiled, "no CUDA device: plain PyTorch block gather"
-    if compiled and not config.flexattn_dynamo_disable and not (config.spectral_bias and config.spectral_impl == "score_mod"):
-        return "flex", compiled, "FlexAttention inside the compiled model"
+        raise Stop(f"ATTN_BACKEND={wanted} needs a CUDA GPU: on the CPU there is ATTN_BACKEND=reference")
+    capability = torch.cuda.get_device_capability(device)
+    if wanted == "triton" and capability < TRITON_CAPABILITY:
+        raise Stop(f"ATTN_BACKEND=triton copies by TMA, from compute capability {TRITON_CAPABILITY[0]}.0 on; this GPU has "
+                   f"{capability[0]}.{capability[1]}: take ATTN_BACKEND=flex")
+    hindrances = [config.needs_flex, capability < TRITON_CAPABILITY and f"compute capability {capability[0]}.{capability[1]}",
+                  config.head_dim not in TRITON_HEAD_DIMS and f"HEAD_DIM={config.head_dim}"]
+    hindrance = next(filter(None, hindrances), "")
+    if wanted == "triton" or (wanted == "auto" and not hindrance):
+        return "triton", compiled, "ATTN_BACKEND=triton" if wanted == "triton" else "auto: our kernels are the fastest here"
+    why = "ATTN_BACKEND=flex" if wanted == "flex" else f"auto: our kernels do not serve {hindrance}"
+    longest = MAX_TABLE_BLOCKS * BLOCK
+    if config.spectral_use_pointer_mask and config.num_iterations and config.train_seq_len > longest:
+        raise Stop(f"TRAIN_SEQ_LEN={config.train_seq_len}: FlexAttention's backward over pointer lists takes at most {longest} "
+                   f"tokens (ATTN_BACKEND=triton has no such limit, and neither has evaluation)")
+    if compiled and config.needs_flex in ("", "FLEXATTN_COMPILE=0"):
+        return "flex", compiled, f"{why}; inside the compiled model"
     if config.flexattn_compile:
-        return "flex_standalone", compiled, "FlexAttention compiled by itself, the graph is broken around it"
-    return "reference", compiled, ("FLEXATTN_COMPILE=0 outside a compiled graph: the plain block gather, far slower "
-                                   "(uncompiled FlexAttention would ignore the block lists)")
+        return "flex_standalone", compiled, f"{why}; compiled by itself, the graph is broken around it"
+    return "reference", compiled, (f"{why}; FLEXATTN_COMPILE=0 outside a compiled graph leaves the plain block gather, far "
+                                   f"slower (uncompiled FlexAttention would ignore the block lists)")
 
 
 class Trainer:
@@ -1000,7 +1044,7 @@ class Trainer:
         self.forward, self.score_end = self.model, self.model.score_end
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # one graph per (training or not, length); silent eager beyond
-            options = dict(dynamic=False, fullgraph=backend == "flex",
+            options = dict(dynamic=False, fullgraph=backend in ("flex", "triton"),
                            mode=None if self.config.torch_compile_mode == "default" else self.config.torch_compile_mode)
             self.forward = torch.compile(self.model, **options)
             self.score_end = torch.compile(self.model.score_end, **options)
@@ -1008,9 +1052,7 @@ class Trainer:
 
     def use_backend(self, backend: str, reason: str) -> None:
         self.backend = backend
-        for block in self.model.blocks:
-            if block.attn is not None:
-                block.attn.backend = backend
+        self.model.use_backend(backend)
         self.run.log(f"attention backend: {backend} ({reason}); compiled: {int(self.compiled)}")
         if self.config.spectral_bias and self.config.spectral_impl == "score_mod":
             self.run.log("SPECTRAL_IMPL=score_mod is slow: at 64k tokens on an H200 six times the attention time of qk_aug")

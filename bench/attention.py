@@ -1,23 +1,50 @@
-"""Time one layer's attention on a CUDA GPU: what the lists, the pointers and each form of the spectral bias cost.
+"""Time one layer's attention on a CUDA GPU: ours against dense, sliding-window and pointer attention, and against peers.
 
-    python bench/attention.py [--tokens 65536] [--forward-tokens 1048576] [--json FILE]      (0 tokens: leave that part out)
+    python bench/attention.py --json attention.json                                  # everything, 16k to 1M tokens
+    python bench/attention.py --tokens 65536 --variants triton,flex_append           # one comparison
+    python bench/attention.py --tokens 1048576 --passes forward --variants triton,dense_cudnn
+    python bench/plot_attention.py attention.json                                    # time against length
 
-bf16, B=1, H=8, head dim 128, random pointers in 36-block lists (16 local + 2 x 9 + 2 global), documents on, K=6 bands. The
-median of several runs between CUDA events; bias prediction, list building and the mask are inside every time. TFLOP/s count
-the listed blocks: 4 D per query and key forward, 2.5 times that for the backward.
+bf16, B=1, H=8, head dim 128, blocks of 128, random pointers of each head in lists of 36 blocks (16 local + 2 x 9 + 2 global),
+document mask on, bias of K=6 bands and slope. Peers run at the same width and key budget, as their rows note.
+
+ms       the attention operator alone: lists and bias coefficients are given, their gradients are included
+all      predicting the bias, building the lists, and attention: what a layer adds to its projections
+select   the lists, their split by mask and (with a backward) their transpose; and its share of `ms`
+TFLOP/s  on listed blocks: 4 D per query and key forward, 2.5 times that backward; and the share of this GPU's matrix ceiling
+GB/s     of the bytes that must move (each operand once); `gather`: of every listed block's operands, cached or not
+peak     memory above the inputs; `lists`: bytes of the lists of both directions
+
+Times are medians between CUDA events; the host is ahead of the device, and small inputs take turns to stay out of the cache.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import gc
+import itertools
 import json
+import os
+import statistics
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.attention import BLOCK, Documents, pointer_attention
+from bench import peers
+from model.attention import BLOCK, Documents, flex_block_mask, pointer_attention, prepare
 from model.attn_bias import (
+    BiasCoefficients,
     ListShape,
     PointerState,
     PositionTables,
@@ -28,101 +55,470 @@ from model.attn_bias import (
     window_lists,
 )
 
-SCALE, H, D = 0.12, 8, 128
+SCALE, B, H, D = 0.12, 1, 8, 128
 LISTS = ListShape(local_blocks=16, half_blocks=4, global_blocks=2)
-VARIANTS = ("window", "pointers", "fold", "append", "score_mod")
+POINTERS, WINDOW = 2, 14  # offsets of a query; blocks of the sliding window
+SLOTS = LISTS.local_blocks + POINTERS * (2 * LISTS.half_blocks + 1) + LISTS.global_blocks
+FIRST_DOCUMENT = 1000  # tokens; the second document begins inside a block
+INPUT_SETS, CACHE_BYTES = 3, 256 * 2**20  # inputs smaller than this many bytes take turns
+LEAST_RUNS, MOST_RUNS = 3, 200
+CYCLES_PER_MS = 2_000_000  # of the device's clock, at most
+PASSES = {"forward": False, "forward+backward": True}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arithmetic
 
 
-def make_step(variant: str, T: int, spectral: SpectralBias, tables: PositionTables, backward: bool):
-    """One attention of the variant as a closure without arguments, and the mean number of listed blocks."""
-    generator = torch.Generator("cuda").manual_seed(T)
-    tokens = torch.randint(0, 20_000, (T,), device="cuda", generator=generator)  # a document of 20k tokens on average
-    documents = Documents.of(tokens, 0)
-    q, k, v = (torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_(backward)
-               for _ in range(3))
-    grad = torch.randn(1, H, T, D, device="cuda", dtype=torch.bfloat16, generator=generator)
-    random_delta = torch.rand(1, H, T, 2, device="cuda", generator=generator) * T
-    state = PointerState(*(torch.tensor(x, dtype=torch.int32, device="cuda") for x in LISTS))
-    window = torch.tensor(14, dtype=torch.int32, device="cuda")
+def attention_flops(T: int, blocks: float, backward: bool) -> float:
+    """Two products of 2 D per query and listed key forward, five backward."""
+    return 4 * D * B * H * T * blocks * BLOCK * (3.5 if backward else 1)
 
-    def attend(q, k, v):
-        bias = None
-        if variant == "window":
-            lists = window_lists(documents, window, 14)
+
+def least_bytes(T: int, backward: bool) -> int:
+    """q, k, v in and out; backward: those, out and its gradient in, three gradients out. bf16; the log-sum-exp in fp32."""
+    return B * H * T * ((12 if backward else 4) * 2 * D + (2 if backward else 1) * 4)
+
+
+def gathered_bytes(T: int, blocks: float, backward: bool) -> float:
+    """k and v of every listed block; backward: again for dq, and q and the output's gradient for dk and dv."""
+    return B * H * (T // BLOCK) * blocks * 2 * BLOCK * D * 2 * (3 if backward else 1)
+
+
+def dense_blocks(T: int) -> float:
+    """Mean number of key blocks that a query block reads under the causal mask alone."""
+    return (T // BLOCK + 1) / 2
+
+
+def budget_blocks(T: int, budget: int) -> float:
+    """The same where each query reads its nearest or best `budget` blocks, or all while there are fewer."""
+    N = T // BLOCK
+    few = min(N, budget)
+    return (few * (few + 1) / 2 + (N - few) * budget) / N
+
+
+def tensor_bytes(tree) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tree_leaves(tree)
+                if isinstance(t, Tensor)}
+    return sum(storages.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Variants
+
+
+class Inputs(NamedTuple):
+    """One input set; the heads are laid out as the projections give them, the output's gradient likewise."""
+
+    q_BTHD: Tensor
+    k_BTHD: Tensor
+    v_BTHD: Tensor
+    grad_BTHD: Tensor
+    delta_BHTM: Tensor  # tokens, uniform over each query's past
+    coefficients: tuple[Tensor, ...]  # of the bias, or ()
+    documents: Documents
+    lists: tuple | Tensor  # prepared BlockLists, or what a peer has instead
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        return (self.q_BTHD, self.k_BTHD, self.v_BTHD, *self.coefficients)
+
+
+class Bias(NamedTuple):
+    """The layer's predictor and the position tables."""
+
+    spectral: SpectralBias
+    tables: PositionTables
+
+    @classmethod
+    def make(cls, max_tokens: int, device: str) -> "Bias":
+        shape, generator = SpectralShape(H, D), torch.Generator().manual_seed(0)
+        spectral = SpectralBias(shape, generator)
+        torch.nn.init.normal_(spectral.w2, std=0.05, generator=generator)  # all outputs live, as after some training
+        return cls(spectral.to(device), PositionTables(shape, max_tokens).to(device))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is timed: closures over one input set, which run the pass that the cell is about."""
+
+    inputs: list
+    attend: Callable
+    blocks: float  # mean number of listed blocks
+    everything: Callable | None = None
+    select: Callable | None = None
+    both_directions: Callable | None = None  # the prepared lists, transpose included
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    tokens: int
+    backward: bool
+    document_tokens: int  # mean length; 0: one document after a first short one
+    bias: Bias
+    device: str = "cuda"
+
+    def documents(self, generator: torch.Generator) -> Documents:
+        opens = torch.zeros(self.tokens, device=self.device, dtype=torch.bool)
+        if self.document_tokens:
+            opens = torch.rand(self.tokens, device=self.device, generator=generator) < 1 / self.document_tokens
         else:
-            lists = pointer_lists(random_delta, documents, state, LISTS)
-        if variant in ("fold", "append", "score_mod"):
-            bias, _ = spectral(q, tables())
-            if variant != "score_mod":
-                q, k = augment(q, k, bias, SCALE, variant)
-                bias = None
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        backend = "flex_standalone" if variant == "score_mod" else "flex"
-        return pointer_attention(q, k, v, lists, documents, scale=SCALE, backend=backend, bias=bias), lists.num_BHN
+            opens[FIRST_DOCUMENT : FIRST_DOCUMENT + 1] = True
+        opens[0] = True
+        return Documents.of(opens.int(), 1)
 
-    compiled = torch.compile(attend, dynamic=False, fullgraph=variant != "score_mod")
+    def input_sets(self, heads: int = H, kv_heads: int = H, head_dim: int = D, with_bias: bool = False, lists=None) -> list:
+        """As many as it takes to leave the cache between two uses of one."""
+        T, device = self.tokens, self.device
+        count = min(INPUT_SETS, -(-CACHE_BYTES // (3 * B * T * heads * head_dim * 2)))
+        sets = []
+        for seed in range(count):
+            generator = torch.Generator(device).manual_seed(seed)
 
-    def step():
-        with torch.set_grad_enabled(backward):
-            out, num = compiled(q, k, v)
-            if backward:
-                torch.autograd.grad(out, (q, k, v, *spectral.parameters()), grad, allow_unused=True)
-        return num
+            def normal(num_heads, generator=generator):
+                return torch.randn(B, T, num_heads, head_dim, device=device, dtype=torch.bfloat16, generator=generator)
 
-    return step
+            q, k, v = (normal(n).requires_grad_(self.backward) for n in (heads, kv_heads, kv_heads))
+            past = torch.arange(T, device=device)[:, None]
+            delta = torch.rand(B, heads, T, POINTERS, device=device, generator=generator) * past
+            documents, coefficients = self.documents(generator), ()
+            if with_bias:
+                with torch.no_grad():
+                    predicted, _ = self.bias.spectral(q, self.bias.tables())
+                coefficients = tuple(x.detach().clone().requires_grad_(self.backward) for x in predicted[:-1])
+            prepared = () if lists is None else lists(delta, documents, self.backward)
+            sets.append(Inputs(q, k, v, normal(heads) if self.backward else q.new_empty(0), delta, coefficients, documents,
+                               prepared))
+        return sets
+
+    def run(self, function: Callable, leaves: Callable) -> Callable:
+        """`function(inputs) -> out [B, T, H, D]` as the pass of this cell; a backward returns the gradients of `leaves`."""
+        def forward(x):
+            with torch.no_grad():
+                return function(x)
+
+        def both(x):
+            return torch.autograd.grad(function(x), leaves(x), x.grad_BTHD, allow_unused=True)
+
+        return both if self.backward else forward
 
 
-def median_ms(step, repeats: int) -> float:
-    for _ in range(3):
-        step()
-    times = []
-    for _ in range(repeats):
+def listed(setting: Setting, backend: str, layout: str | None, window: bool = False) -> Cell:
+    """`pointer_attention` over pointer lists or a sliding window; `layout` is the bias's, None: without bias."""
+    spectral, tables = setting.bias
+    state = PointerState(*(torch.tensor(x, dtype=torch.int32, device=setting.device) for x in LISTS))
+    width = torch.tensor(WINDOW, dtype=torch.int32, device=setting.device)
+
+    def build(delta_BHTM, documents):
+        return window_lists(documents, width, WINDOW) if window else pointer_lists(delta_BHTM, documents, state, LISTS)
+
+    def select(delta_BHTM, documents, needs_grad):
+        return prepare(build(delta_BHTM, documents), documents, backend=backend, needs_grad=needs_grad)
+
+    def attend(q, k, v, bias, lists, documents):
+        if bias is not None and (layout == "fold" or backend != "triton"):
+            q, k = augment(q, k, bias, SCALE, layout)
+            bias = None
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return pointer_attention(q, k, v, lists, documents, scale=SCALE, backend=backend, bias=bias)[0].transpose(1, 2)
+
+    def operator(q, k, v, coefficients, lists, documents):
+        bias = BiasCoefficients(*coefficients, tables()) if layout else None
+        return attend(q, k, v, bias, lists, documents)
+
+    def layer(q, k, v, delta_BHTM, documents):
+        bias = spectral(q, tables())[0] if layout else None
+        return attend(q, k, v, bias, build(delta_BHTM, documents), documents)
+
+    operator, layer = (torch.compile(f, dynamic=False, fullgraph=True) for f in (operator, layer))
+    parameters = tuple(spectral.parameters()) if layout else ()
+    inputs = setting.input_sets(with_bias=bool(layout), lists=select)
+    return Cell(
+        inputs, blocks=statistics.fmean(x.lists.num_BHN.float().mean().item() for x in inputs),
+        attend=setting.run(lambda x: operator(*x[:3], x.coefficients, x.lists, x.documents), Inputs.leaves),
+        everything=setting.run(lambda x: layer(*x[:3], x.delta_BHTM, x.documents), lambda x: (*x[:3], *parameters)),
+        select=lambda x: select(x.delta_BHTM, x.documents, setting.backward),
+        both_directions=lambda x: select(x.delta_BHTM, x.documents, True))
+
+
+def dense(setting: Setting, kernel: SDPBackend) -> Cell:
+    def attend(x):
+        with sdpa_kernel(kernel):
+            return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in x[:3]), is_causal=True,
+                                                  scale=SCALE).transpose(1, 2)
+
+    return Cell(setting.input_sets(), setting.run(attend, Inputs.leaves), dense_blocks(setting.tokens),
+                note="causal, no documents")
+
+
+def flash_4(setting: Setting) -> Cell:
+    """FlexAttention's FLASH backend, which is flash-attn-4's block-sparse kernel."""
+    peers.require("flash_attn.cute", "flash-attn-4")
+    from torch.nn.attention.flex_attention import flex_attention
+
+    cell = listed(setting, "flex", None)
+
+    def operator(q, k, v, lists, documents):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flex_attention(q, k, v, block_mask=flex_block_mask(lists, documents), scale=SCALE,
+                              kernel_options={"BACKEND": "FLASH"}).transpose(1, 2)
+
+    operator = torch.compile(operator, dynamic=False, fullgraph=True)
+    return dataclasses.replace(
+        cell, everything=None, note="no bias, through FlexAttention",
+        attend=setting.run(lambda x: operator(*x[:3], x.lists, x.documents), Inputs.leaves))
+
+
+def native_sparse(setting: Setting) -> Cell:
+    heads, kv_heads, head_dim = 16, 1, H * D // 16  # its kernels want 16 query heads to a key head: the same width
+    selected = 32  # a power of two, or the kernels round it up
+    attend, everything, choose = peers.native_sparse(BLOCK, selected)
+    inputs = [x._replace(lists=choose(*x[:3])) for x in setting.input_sets(heads, kv_heads, head_dim)]
+    return Cell(inputs, setting.run(lambda x: attend(*x[:3], x.lists), Inputs.leaves), budget_blocks(setting.tokens, selected),
+                everything=setting.run(lambda x: everything(*x[:3]), Inputs.leaves),
+                note=f"{heads} heads of {head_dim} on {kv_heads} key head, {selected} blocks a token, no documents; all: with "
+                     f"compression and selection")
+
+
+def mixture_of_blocks(setting: Setting) -> Cell:
+    chunk = 4 * BLOCK
+    attend, whose = peers.mixture_of_blocks(chunk, SLOTS * BLOCK // chunk)
+    return Cell(setting.input_sets(), setting.run(lambda x: attend(*x[:3]), Inputs.leaves),
+                budget_blocks(setting.tokens, SLOTS),
+                note=f"{SLOTS * BLOCK // chunk} chunks of {chunk} a token, selection inside ms, no documents, on {whose}")
+
+
+VARIANTS: dict[str, Callable[[Setting], Cell]] = {
+    "triton": lambda s: listed(s, "triton", "append"),
+    "triton_fold": lambda s: listed(s, "triton", "fold"),
+    "triton_nobias": lambda s: listed(s, "triton", None),
+    "flex_append": lambda s: listed(s, "flex", "append"),
+    "flex_fold": lambda s: listed(s, "flex", "fold"),
+    "flex_nobias": lambda s: listed(s, "flex", None),
+    "flex_window": lambda s: listed(s, "flex", None, window=True),
+    "dense_cudnn": lambda s: dense(s, SDPBackend.CUDNN_ATTENTION),
+    "dense_flash": lambda s: dense(s, SDPBackend.FLASH_ATTENTION),
+    "nsa": native_sparse,
+    "moba": mixture_of_blocks,
+    "flash_4": flash_4,
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurement
+
+
+def times_ms(run: Callable, inputs: list, seconds: float) -> list[float]:
+    """Device milliseconds of each run after a first one, which compiles: as many as fit into `seconds`."""
+    turn = itertools.cycle(inputs)
+    run(next(turn))
+    torch.cuda.synchronize()
+
+    def once(cover_ms: float) -> tuple[float, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(cover_ms * CYCLES_PER_MS))  # the host enqueues meanwhile: gaps between launches don't count
+        began = time.perf_counter()
         start.record()
-        step()
+        run(next(turn))
         end.record()
+        enqueued = 1e3 * (time.perf_counter() - began)
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+        return start.elapsed_time(end), enqueued
+
+    first, enqueued = once(0)
+    count = max(LEAST_RUNS, min(MOST_RUNS, int(1e3 * seconds / max(first, 1e-3))))
+    if first > 1e3 * seconds:  # long runs hide their launches and need no second warm-up
+        return [first] + [once(0)[0] for _ in range(count - 1)]
+    return [once(min(20, 1.5 * enqueued))[0] for _ in range(count)]
+
+
+def median_and_spread(times: list[float]) -> tuple[float, float]:
+    """Median, and the width of the middle 80% of the runs as a share of it."""
+    tenths = statistics.quantiles(times, n=10, method="inclusive")
+    median = statistics.median(times)
+    return median, (tenths[-1] - tenths[0]) / median
+
+
+def peak_bytes(run: Callable, inputs) -> int:
+    """Most memory that one run holds above what is there before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run(inputs)
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(cell: Cell, setting: Setting, seconds: float, ceilings: dict, row: dict) -> None:
+    """Fills the row figure by figure: what is there stays there if a later one fails."""
+    T, backward = setting.tokens, setting.backward
+    ms, spread = median_and_spread(runs := times_ms(cell.attend, cell.inputs, seconds))
+    flops = attention_flops(T, cell.blocks, backward)
+    row |= dict(ms=ms, spread=spread, runs=len(runs), blocks=cell.blocks, tflops=flops / ms / 1e9, note=cell.note,
+                gbps=least_bytes(T, backward) / ms / 1e6, gathered_gbps=gathered_bytes(T, cell.blocks, backward) / ms / 1e6,
+                peak_gib=peak_bytes(cell.attend, cell.inputs[0]) / 2**30)
+    row["ceiling_share"] = row["tflops"] / ceilings["matmul_tflops"]
+    if cell.everything:
+        row["all_ms"], row["all_spread"] = median_and_spread(times_ms(cell.everything, cell.inputs, seconds))
+        row["all_peak_gib"] = peak_bytes(cell.everything, cell.inputs[0]) / 2**30
+    if cell.select:
+        row["select_ms"], _ = median_and_spread(times_ms(cell.select, cell.inputs, seconds / 4))
+        row["select_share"] = row["select_ms"] / ms
+        row["select_peak_gib"] = peak_bytes(cell.select, cell.inputs[0]) / 2**30
+    if cell.both_directions:
+        with contextlib.suppress(ValueError):  # FlexAttention's table of long sequences
+            row["lists_gib"] = tensor_bytes(cell.both_directions(cell.inputs[0])) / 2**30
+            row["lists_peak_gib"] = peak_bytes(cell.both_directions, cell.inputs[0]) / 2**30  # while they are made
+
+
+def measure_ceilings() -> dict:
+    """What this GPU gives a large matrix product of random data, and a large copy (bytes read and written)."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = statistics.median(times_ms(lambda _: a @ b, [None], 0.1))
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    copy = statistics.median(times_ms(lambda _: target.copy_(source), [None], 0.1))
+    return dict(matmul_tflops=2 * 8192**3 / product / 1e9, copy_gbps=2 * tensor_bytes(source) / copy / 1e6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+COLUMNS = (("ms", "ms", "9.3f", 1), ("spread", "±%", "4.1f", 100), ("all_ms", "all", "9.3f", 1),
+           ("select_ms", "select", "7.3f", 1), ("select_share", "%", "5.1f", 100), ("blocks", "blocks", "6.1f", 1),
+           ("tflops", "TFLOP/s", "7.0f", 1), ("ceiling_share", "%", "4.0f", 100), ("gbps", "GB/s", "5.0f", 1),
+           ("gathered_gbps", "gather", "6.0f", 1), ("peak_gib", "peak", "6.2f", 1), ("lists_gib", "lists", "6.3f", 1))
+
+
+def heading() -> str:
+    return f"{'variant':13} {'pass':16} {'tokens':>9}" + "".join(
+        f" {title:>{int(form.split('.')[0])}}" for _, title, form, _ in COLUMNS)
+
+
+def line(row: dict) -> str:
+    """One row of the table; what a variant has not, or could not do, stays a dash or becomes its reason."""
+    head = f"{row['variant']:13} {row['pass']:16} {row['tokens']:9,}"
+    reason = f" {row['error']}" if "error" in row else ""
+    if "ms" not in row:
+        return head + reason
+    cells = (f"{row[key] * factor:{form}}" if row.get(key) is not None else "-".rjust(int(form.split(".")[0]))
+             for key, _, form, factor in COLUMNS)
+    return head + "".join(f" {cell}" for cell in cells) + reason
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """How many times faster than dense cuDNN, and how the time of a token grows with the length."""
+    ms = {(r["variant"], r["pass"], r["tokens"]): r["ms"] for r in rows if "ms" in r}
+    lines = []
+    for name in dict.fromkeys(variant for variant, _, _ in ms):
+        for which in PASSES:
+            mine = {T: t for (v, p, T), t in ms.items() if (v, p) == (name, which)}
+            faster = [f"{T:,}: {ms['dense_cudnn', which, T] / t:.1f}x" for T, t in sorted(mine.items())
+                      if ("dense_cudnn", which, T) in ms and name != "dense_cudnn"]
+            if faster:
+                lines.append(f"{name}, {which}, faster than dense cuDNN at {', '.join(faster)}")
+            if len(mine) > 1:
+                low, high = min(mine), max(mine)
+                growth = mine[high] / high * low / mine[low]
+                lines.append(f"{name}, {which}, ms a token from {low:,} to {high:,}: x{growth:.2f}")
+    return lines
+
+
+def write_json(path: Path, report: dict) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return text if isinstance(error, peers.NotImportable) else f"{type(error).__name__}: {text}"
+
+
+def run_cells(args, build=VARIANTS, timed=measure, make_bias=Bias.make) -> list[dict]:
+    """All cells in the order of lengths, passes and variants; every row is printed and written as soon as it is there."""
+    report = dict(setting=dict(B=B, H=H, D=D, block=BLOCK, slots=SLOTS, document_tokens=args.document_tokens), rows=[])
+    if torch.cuda.is_available():
+        report |= dict(device=torch.cuda.get_device_name(), torch=str(torch.__version__), ceilings=measure_ceilings())
+        print(f"{report['device']}, torch {report['torch']}; matrix ceiling {report['ceilings']['matmul_tflops']:.0f} TFLOP/s, "
+              f"copy {report['ceilings']['copy_gbps']:.0f} GB/s")
+    bias = make_bias(max(args.tokens), "cuda" if torch.cuda.is_available() else "cpu")
+    print(heading(), flush=True)
+    absent = set()
+    for T, which, variant in itertools.product(args.tokens, args.passes, args.variants):
+        if PASSES[which] and T >= args.forward_only_from:
+            continue
+        setting = Setting(T, PASSES[which], args.document_tokens, bias)
+        row = {"variant": variant, "pass": which, "tokens": T}
+        began = time.perf_counter()
+        cell = None
+        try:
+            cell = build[variant](setting)
+            timed(cell, setting, args.seconds, report.get("ceilings", {}), row)
+        except Exception as error:  # one variant that refuses, or runs out of memory, must not hide the others
+            row |= dict(error=first_line(error)[:200], details=str(error)[:4000])
+        del cell
+        torch.compiler.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        row["cell_seconds"] = time.perf_counter() - began
+        if row.get("error") not in absent:  # a peer that is not there says so once
+            print(line(row), flush=True)
+        absent |= {row["error"]} if row.get("error", "").startswith("not importable") else set()
+        report["rows"].append(row)
+        if args.json:
+            write_json(args.json, report)
+    notes = dict.fromkeys(f"{r['variant']}: {r['note']}" for r in report["rows"] if r.get("note"))
+    print("\n".join([*notes, *summary(report["rows"])]), flush=True)
+    return report["rows"]
+
+
+def whole_numbers(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers separated by commas") from None
+    bad = [v for v in values if v < BLOCK or v % BLOCK]
+    if bad:
+        raise argparse.ArgumentTypeError(f"{bad[0]} tokens are not a positive multiple of the block of {BLOCK}")
+    return values
+
+
+def names_from(known) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        chosen = text.split(",")
+        unknown = [name for name in chosen if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return chosen
+
+    return names
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"error: {message}")
+    parser.add_argument("--tokens", type=whole_numbers, default="16384,65536,262144,1048576", help="lengths, e.g. 16384,65536")
+    parser.add_argument("--variants", type=names_from(VARIANTS), default=",".join(VARIANTS), help=", ".join(VARIANTS))
+    parser.add_argument("--passes", type=names_from(PASSES), default="forward+backward,forward", help=" and ".join(PASSES))
+    parser.add_argument("--forward-only-from", type=int, default=1_048_576, metavar="TOKENS",
+                        help="no backward at this length and above (default: %(default)s)")
+    parser.add_argument("--document-tokens", type=int, default=0, metavar="TOKENS",
+                        help=f"mean length of the documents; 0: one, after a first of {FIRST_DOCUMENT:,}: the fullest lists")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timed runs for each figure (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, after each one")
+    args = parser.parse_args(arguments)
+    if args.json and not args.json.resolve().parent.is_dir():
+        parser.error(f"{args.json}: its directory does not exist")
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=65_536)
-    parser.add_argument("--forward-tokens", type=int, default=1_048_576)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parse_arguments(sys.argv[1:])
     if not torch.cuda.is_available():
         sys.exit("error: bench/attention.py needs a CUDA GPU")
-    shape = SpectralShape(H, D)
-    spectral = SpectralBias(shape, torch.Generator().manual_seed(0)).cuda()
-    torch.nn.init.normal_(spectral.w2, std=0.05)
-    tables = PositionTables(shape, max(args.tokens, args.forward_tokens)).cuda()
-    rows = []
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"{'variant':10} {'pass':17} {'tokens':>9} {'ms':>9} {'blocks':>7} {'TFLOP/s':>8} {'peak GiB':>9}")
-    cells = [(v, args.tokens, backward) for backward in (True, False) for v in VARIANTS if args.tokens]
-    cells += [(v, args.forward_tokens, False) for v in VARIANTS if args.forward_tokens and v != "score_mod"]
-    for variant, T, backward in cells:
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            step = make_step(variant, T, spectral, tables, backward)
-            blocks = step().float().mean().item()
-            ms = median_ms(step, repeats=3 if variant == "score_mod" else 15)
-        except Exception as error:  # one variant that a compiler refuses must not hide the others
-            print(f"{variant:10} refused: {type(error).__name__}: {str(error).splitlines()[0][:120]}", flush=True)
-            rows.append(dict(variant=variant, tokens=T, backward=backward, error=str(error)[:2000]))
-            continue
-        flops = 4 * D * H * T * blocks * BLOCK * (3.5 if backward else 1)
-        row = dict(variant=variant, tokens=T, backward=backward, ms=ms, blocks=blocks, tflops=flops / ms / 1e9,
-                   peak_gib=torch.cuda.max_memory_allocated() / 2**30)
-        rows.append(row)
-        print(f"{variant:10} {'forward+backward' if backward else 'forward':17} {T:9,} {ms:9.2f} {blocks:7.1f} "
-              f"{row['tflops']:8.0f} {row['peak_gib']:9.2f}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    torch._dynamo.config.recompile_limit = 64  # beyond it FlexAttention would run dense and eager, silently
+    run_cells(args)
 
 
 if __name__ == "__main__":

@@ -259,8 +259,12 @@ def block_lists(delta_BHNM: Tensor, start_block_N: Tensor, local: Tensor, radius
                 local_slots: int, half_slots: int, global_slots: int) -> tuple[Tensor, Tensor]:
     """Union of the local band, the pointer windows and the document's first blocks; see `pointer_lists`.
 
-    An operator of its own so that the compiler cannot permute the layout of its results.
+    An operator of its own so that the compiler cannot permute the layout of its results. On a GPU it is one kernel.
     """
+    if delta_BHNM.is_cuda:
+        from model.attention_triton import union_lists
+
+        return union_lists(delta_BHNM, start_block_N, local, radius, globals_, local_slots, half_slots, global_slots)
     B, H, N, M = delta_BHNM.shape
     device = delta_BHNM.device
     own = torch.arange(N, device=device)[:, None]
@@ -272,7 +276,7 @@ def block_lists(delta_BHNM: Tensor, start_block_N: Tensor, local: Tensor, radius
     # An inactive slot repeats the query block's own id and is dropped with the other duplicates.
     near = torch.where(slots(local_slots) < local, own - slots(local_slots), own).expand(B, H, N, -1)
     anchors = torch.where(slots(global_slots) < globals_, first + slots(global_slots), own).expand(B, H, N, -1)
-    target = (own * BLOCK - delta_BHNM.round().long()).div(BLOCK, rounding_mode="floor")[..., None]
+    target = (own * BLOCK - (delta_BHNM + 0.5).floor().long()).div(BLOCK, rounding_mode="floor")[..., None]
     around = slots(2 * half_slots + 1) - half_slots
     window = torch.where(around.abs() <= radius, target + around, own[..., None]).flatten(-2)
     blocks = torch.cat([near, window, anchors], -1).maximum(first).minimum(own)

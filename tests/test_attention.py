@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.attention import BLOCK, BlockLists, Documents, flex_lists, pointer_attention, transpose_lists
+from model.attention import BLOCK, BlockLists, Documents, flex_lists, pack_seen, pointer_attention, transpose_lists
 from model.attn_bias import (
     BiasCoefficients,
     ListShape,
@@ -109,11 +109,39 @@ def test_reference_equals_dense(T, H, D, width):
     tokens = random_tokens(T, seed=T)
     lists = random_lists(T // BLOCK, H, width, seed=T + 1)
     q, k, v = (torch.randn(1, H, T, D, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    out = pointer_attention(q, k, v, lists, Documents.of(tokens, DELIMITER), scale=SCALE, backend="reference")
-    ref = dense_attention(q, k, v, dense_visible(lists, tokens, H))
-    weight = torch.randn_like(out)
-    grads, ref_grads = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, ref))
-    for mine, theirs in zip((out, *grads), (ref, *ref_grads), strict=True):
+    out, lse = pointer_attention(q, k, v, lists, Documents.of(tokens, DELIMITER), scale=SCALE, backend="reference")
+    visible = dense_visible(lists, tokens, H)
+    ref = dense_attention(q, k, v, visible)
+    ref_lse = (q @ k.mT * SCALE).masked_fill(~visible, float("-inf")).logsumexp(-1)
+    weight, lse_weight = torch.randn_like(out), torch.randn_like(lse)
+    grads, ref_grads = (torch.autograd.grad((x * weight).sum() + (y * lse_weight).sum(), (q, k, v))
+                        for x, y in ((out, lse), (ref, ref_lse)))
+    for mine, theirs in zip((out, lse, *grads), (ref, ref_lse, *ref_grads), strict=True):
+        assert relative_error(mine, theirs) < 1e-12
+
+
+def test_reference_honours_visibility_by_token_and_blind_tokens():
+    T, H, W = 640, 2, 3
+    tokens, lists = random_tokens(T, seed=1), random_lists(T // BLOCK, H, W, seed=2)
+    seen = torch.rand(1, H, T, W) < 0.5
+    lists = lists._replace(num_BHN=torch.where(torch.arange(5) == 3, 0, lists.num_BHN).int(), seen_BHTw=pack_seen(seen))
+    visible = dense_visible(lists, tokens, H)
+    for h in range(H):
+        for i in range(T):
+            for slot, j in enumerate(lists.idx_BHNW[0, h, i // BLOCK, : lists.num_BHN[0, h, i // BLOCK]].tolist()):
+                if not seen[0, h, i, slot]:
+                    visible[h, i, j * BLOCK : (j + 1) * BLOCK] = False
+    blind = ~visible.any(-1)
+    assert blind.any() and not blind.all()
+    q, k, v = (torch.randn(1, H, T, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out, lse = pointer_attention(q, k, v, lists, Documents.of(tokens, DELIMITER), scale=SCALE, backend="reference")
+    grads = torch.autograd.grad(out.square().sum() + lse[0][~blind].square().sum(), (q, k, v))
+    p = (q @ k.mT * SCALE).exp() * visible
+    ref = p @ v / p.sum(-1, keepdim=True).clamp(min=1e-300)
+    ref_lse = p.sum(-1)[0][~blind].log()
+    ref_grads = torch.autograd.grad(ref.square().sum() + ref_lse.square().sum(), (q, k, v))
+    assert (out[0][blind] == 0).all() and (lse[0][blind] == float("-inf")).all()
+    for mine, theirs in zip((out, lse[0][~blind], *grads), (ref, ref_lse, *ref_grads), strict=True):
         assert relative_error(mine, theirs) < 1e-12
 
 
@@ -123,7 +151,8 @@ def test_reference_in_chunks_of_rows(monkeypatch):
     documents = Documents.of(tokens, DELIMITER)
     whole = pointer_attention(q, k, v, lists, documents, scale=SCALE, backend="reference")
     monkeypatch.setattr("model.attention.REFERENCE_ROWS", 3)
-    assert relative_error(pointer_attention(q, k, v, lists, documents, scale=SCALE, backend="reference"), whole) < 1e-14
+    parts = pointer_attention(q, k, v, lists, documents, scale=SCALE, backend="reference")
+    assert all(relative_error(a, b) < 1e-14 for a, b in zip(parts, whole, strict=True))
 
 
 def test_sequence_must_be_whole_blocks():
@@ -172,7 +201,7 @@ def test_pointer_lists_against_brute_force(radius, globals_, local):
             first = documents.start_block_N[n].item()
             wanted = {n - o for o in range(local)} | {first + g for g in range(globals_)} | {n}
             for m in range(M):
-                centre = (n * BLOCK - round(delta[0, h, n * BLOCK, m].item())) // BLOCK
+                centre = (n * BLOCK - int(delta[0, h, n * BLOCK, m].item() + 0.5)) // BLOCK
                 wanted |= {centre + o for o in range(-radius, radius + 1)}
             wanted = sorted({min(max(b, first), n) for b in wanted}, reverse=True)
             got = lists.idx_BHNW[0, h, n, : lists.num_BHN[0, h, n]].tolist()
@@ -221,7 +250,7 @@ def test_full_blocks_need_no_mask():
     tokens = random_tokens(T, 8, document_length=700)
     lists = random_lists(30, 2, 9, 9)
     documents = Documents.of(tokens, DELIMITER)
-    partial_num, partial_idx, full_num, full_idx = flex_lists(lists.num_BHN, lists.idx_BHNW, documents.id_T, 0)
+    partial_num, partial_idx, full_num, full_idx = flex_lists(lists.num_BHN, lists.idx_BHNW, documents.id_T, 0, False)
     visible = dense_visible(lists, tokens, 2)
     blocks = visible.view(2, 30, BLOCK, 30, BLOCK)
     for h in range(2):
@@ -278,7 +307,8 @@ def test_augmented_attention_equals_added_bias(layout):
     bias, _ = module(q, tables())
     q_aug, k_aug = augment(q, k, bias, SCALE, layout)
     assert q_aug.size(-1) == (D if layout == "fold" else D + 16)
-    out = pointer_attention(*(t.transpose(1, 2) for t in (q_aug, k_aug, v)), lists, documents, scale=SCALE, backend="reference")
+    out, _ = pointer_attention(*(t.transpose(1, 2) for t in (q_aug, k_aug, v)), lists, documents, scale=SCALE,
+                               backend="reference")
     content = torch.ones(D, dtype=torch.float64)
     if layout == "fold":  # 8 of the non-rotating dimensions of each half
         content[D // 2 - 8 : D // 2] = content[D - 8 :] = 0
@@ -301,7 +331,7 @@ def test_reference_with_bias_argument_equals_added_bias():
     module, tables = spectral_case(T, H, D, seed=6)
     q, k, v = (torch.randn(1, T, H, D, dtype=torch.float64) for _ in range(3))
     bias, _ = module(q, tables())
-    out = pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), lists, Documents.of(tokens, DELIMITER), scale=SCALE,
+    out, _ = pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), lists, Documents.of(tokens, DELIMITER), scale=SCALE,
                             backend="reference", bias=bias)
     ref = dense_attention(*(t.transpose(1, 2) for t in (q, k, v)), dense_visible(lists, tokens, H), formula(module, q, T))
     assert relative_error(out, ref) < 1e-10
@@ -331,7 +361,7 @@ def test_flex_equals_dense(T, H, width, impl, backend):
             q, k = augment(q, k, bias, SCALE, impl)
             bias = None
         return pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), cuda_lists, documents, scale=SCALE,
-                                 backend=backend, bias=bias)
+                                 backend=backend, bias=bias)[0]
 
     compiled = torch.compile(attend, dynamic=False, fullgraph=backend == "flex")
     mine = [t.cuda().requires_grad_() for t in raw + coefficients]
@@ -362,3 +392,28 @@ def test_flex_equals_dense(T, H, width, impl, backend):
         errors[name] = 3 * ((g.double().cpu() - leaf.grad).norm() / size.norm()).item()
     print(f"{backend} {impl} T={T}: " + " ".join(f"{name} {e:.1e}" for name, e in errors.items()))
     assert max(errors.values()) < 1e-2
+
+
+@needs_cuda
+@pytest.mark.parametrize("T,H,width", [(640, 3, 3), (2048, 2, 6)])
+def test_flex_visibility_and_log_sum_exp(T, H, width):
+    torch.compiler.reset()
+    tokens, lists = random_tokens(T, T), random_lists(T // BLOCK, H, width, T + 1)
+    lists = lists._replace(seen_BHTw=pack_seen(torch.rand(1, H, T, width) < 0.6))
+    raw = [torch.randn(1, H, T, 128).bfloat16() for _ in range(3)]
+    weight, lse_weight = torch.randn(1, H, T, 128), torch.randn(1, H, T)
+    results = []
+    for backend, device, dtype in (("flex", "cuda", torch.bfloat16), ("reference", "cpu", torch.float64)):
+        leaves = [x.to(device, dtype).requires_grad_() for x in raw]
+        on, documents = BlockLists(*(x.to(device) for x in lists[:3])), Documents.of(tokens.to(device), DELIMITER)
+
+        def attend(q, k, v, on=on, documents=documents, backend=backend):
+            return pointer_attention(q, k, v, on, documents, scale=SCALE, backend=backend)
+
+        out, lse = (torch.compile(attend, dynamic=False, fullgraph=True) if backend == "flex" else attend)(*leaves)
+        lse = torch.where(lse.isinf(), 0, lse)
+        objective = (out * weight.to(out)).sum() + (lse * lse_weight.to(lse)).sum()
+        results.append([out, lse, *torch.autograd.grad(objective, leaves)])
+    errors = [relative_error(a, b) for a, b in zip(*results, strict=True)]
+    print(f"flex seen T={T}:", " ".join(f"{e:.1e}" for e in errors))
+    assert max(errors) < 1e-2

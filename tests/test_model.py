@@ -614,8 +614,8 @@ def test_the_list_operators_never_wait_for_the_device():
     one = torch.ones((), dtype=torch.int32)
     with DeviceReads() as reads:
         num, idx = attn_bias.block_lists._init_fn(torch.rand(1, 2, 8, 2) * T, documents.start_block_N, one, one, one, 2, 1, 1)
-        attention.flex_lists._init_fn(num, idx, documents.id_T, 8)
-        attention.flex_lists._init_fn(num, idx, documents.id_T, 0)
+        attention.flex_lists._init_fn(num, idx, documents.id_T, 8, False)
+        attention.flex_lists._init_fn(num, idx, documents.id_T, 0, False)
     assert reads.seen == []
 
 

@@ -606,6 +606,11 @@ REFUSED = {  # name: (variables, texts of the line)
     "nothing to do": (dict(NUM_ITERATIONS=0, VAL_TOKENS=0), ["nothing to do"]),
     "more processes than sequences": (dict(RANK=0, WORLD_SIZE=3, LOCAL_RANK=0), ["3 processes", "2 sequences"]),
     "flex on the CPU": (dict(ATTN_BACKEND="flex"), ["ATTN_BACKEND=flex", "CUDA"]),
+    "triton on the CPU": (dict(ATTN_BACKEND="triton"), ["ATTN_BACKEND=triton", "CUDA"]),
+    "triton and score_mod": (ARM_B | dict(ATTN_BACKEND="triton", SPECTRAL_IMPL="score_mod"),
+                             ["ATTN_BACKEND=triton", "SPECTRAL_IMPL=score_mod"]),
+    "triton and a graph break": (dict(ATTN_BACKEND="triton", FLEXATTN_DYNAMO_DISABLE=1), ["FLEXATTN_DYNAMO_DISABLE=1"]),
+    "triton and its head dims": (dict(ATTN_BACKEND="triton", HEAD_DIM=48), ["HEAD_DIM", "not 48"]),
 }
 
 
@@ -992,22 +997,41 @@ def test_recipe_schedules_are_the_baselines():
         assert schedule.long_window == baseline.window_size(step, args)
 
 
-@pytest.mark.parametrize("variables,device,expected", [
-    (dict(), "cpu", ("reference", False)), (dict(TORCH_COMPILE=1), "cpu", ("reference", True)),
-    (dict(), "cuda", ("flex", True)), (dict(TORCH_COMPILE=0), "cuda", ("flex_standalone", False)),
-    (dict(FLEXATTN_DYNAMO_DISABLE=1), "cuda", ("flex_standalone", True)),
-    (dict(FLEXATTN_DYNAMO_DISABLE=1, FLEXATTN_COMPILE=0), "cuda", ("reference", True)),
-    (dict(FLEXATTN_COMPILE=0), "cuda", ("flex", True)),
-    (dict(TORCH_COMPILE=0, FLEXATTN_COMPILE=0), "cuda", ("reference", False)),
-    (dict(SPECTRAL_IMPL="score_mod"), "cuda", ("flex_standalone", True)),
-    (dict(ATTN_BACKEND="reference"), "cuda", ("reference", True))])
-def test_choice_of_attention_backend(variables, device, expected):
-    """Never FlexAttention uncompiled: it would ignore the lists."""
-    assert S.choose_backend(config(**variables), torch.device(device))[:2] == expected
+HOPPER, AMPERE = (9, 0), (8, 0)
 
 
-def test_pointer_backward_has_a_longest_sequence():
-    long = dict(TRAIN_SEQ_LEN=131072 + 128, BATCH_TOKENS=131072 + 128, SPECTRAL_L_MAX=2**20)
+@pytest.mark.parametrize("variables,capability,expected", [
+    (dict(), None, ("reference", False)), (dict(TORCH_COMPILE=1), None, ("reference", True)),
+    (dict(), HOPPER, ("triton", True)), (dict(TORCH_COMPILE=0), HOPPER, ("triton", False)),
+    (dict(ATTN_BACKEND="triton"), HOPPER, ("triton", True)), (dict(HEAD_DIM=96), HOPPER, ("flex", True)),
+    (dict(FLEXATTN_DYNAMO_DISABLE=1), HOPPER, ("flex_standalone", True)), (dict(FLEXATTN_COMPILE=0), HOPPER, ("flex", True)),
+    (ARM_B | dict(SPECTRAL_IMPL="score_mod"), HOPPER, ("flex_standalone", True)),
+    (dict(ATTN_BACKEND="flex"), HOPPER, ("flex", True)),
+    (dict(), AMPERE, ("flex", True)), (dict(TORCH_COMPILE=0), AMPERE, ("flex_standalone", False)),
+    (dict(FLEXATTN_DYNAMO_DISABLE=1), AMPERE, ("flex_standalone", True)),
+    (dict(FLEXATTN_DYNAMO_DISABLE=1, FLEXATTN_COMPILE=0), AMPERE, ("reference", True)),
+    (dict(FLEXATTN_COMPILE=0), AMPERE, ("flex", True)),
+    (dict(TORCH_COMPILE=0, FLEXATTN_COMPILE=0), AMPERE, ("reference", False)),
+    (ARM_B | dict(SPECTRAL_IMPL="score_mod"), AMPERE, ("flex_standalone", True)),
+    (dict(ATTN_BACKEND="reference"), AMPERE, ("reference", True))])
+def test_choice_of_attention_backend(monkeypatch, variables, capability, expected):
+    """Never FlexAttention uncompiled: it would ignore the lists. Every choice says why."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    backend, compiled, why = S.choose_backend(config(**variables), torch.device("cuda" if capability else "cpu"))
+    assert (backend, compiled) == expected and why
+
+
+def test_triton_needs_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: AMPERE)
+    with pytest.raises(S.Stop, match="compute capability 9.0 on; this GPU has 8.0"):
+        S.choose_backend(config(ATTN_BACKEND="triton"), torch.device("cuda"))
+
+
+def test_pointer_backward_of_flex_has_a_longest_sequence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+    long = ARM_C | dict(TRAIN_SEQ_LEN=131072 + 128, BATCH_TOKENS=131072 + 128, SPECTRAL_L_MAX=2**20)
+    assert S.choose_backend(config(**long), torch.device("cuda"))[0] == "triton"
+    long |= dict(ATTN_BACKEND="flex")
     with pytest.raises(S.Stop, match="TRAIN_SEQ_LEN=131200"):
         S.choose_backend(config(**long), torch.device("cuda"))
     S.choose_backend(config(**long, NUM_ITERATIONS=0), torch.device("cuda"))
