@@ -15,7 +15,8 @@ TFLOP/s  on listed blocks: 4 D per query and key forward, 2.5 times that backwar
 GB/s     of the bytes that must move (each operand once); `gather`: of every listed block's operands, cached or not
 peak     memory above the inputs; `lists`: bytes of the lists of both directions
 
-Times are medians between CUDA events; the host is ahead of the device, and small inputs take turns to stay out of the cache.
+Times are medians between CUDA events of runs without a pause; the host is ahead of the device, and small inputs take turns
+to stay out of the cache.
 """
 
 import argparse
@@ -61,7 +62,7 @@ POINTERS, WINDOW = 2, 14  # offsets of a query; blocks of the sliding window
 SLOTS = LISTS.local_blocks + POINTERS * (2 * LISTS.half_blocks + 1) + LISTS.global_blocks
 FIRST_DOCUMENT = 1000  # tokens; the second document begins inside a block
 INPUT_SETS, CACHE_BYTES = 3, 256 * 2**20  # inputs smaller than this many bytes take turns
-LEAST_RUNS, MOST_RUNS = 3, 200
+LEAST_RUNS, MOST_RUNS, MOST_COVER_MS = 3, 1000, 500
 CYCLES_PER_MS = 2_000_000  # of the device's clock, at most
 PASSES = {"forward": False, "forward+backward": True}
 
@@ -307,27 +308,29 @@ VARIANTS: dict[str, Callable[[Setting], Cell]] = {
 
 
 def times_ms(run: Callable, inputs: list, seconds: float) -> list[float]:
-    """Device milliseconds of each run after a first one, which compiles: as many as fit into `seconds`."""
+    """Device milliseconds of each run after a first one, which compiles: as many as fit into `seconds`, without a pause
+    between them, so that short and long sequences are timed at the clocks of a busy device."""
     turn = itertools.cycle(inputs)
     run(next(turn))
     torch.cuda.synchronize()
-
-    def once(cover_ms: float) -> tuple[float, float]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(cover_ms * CYCLES_PER_MS))  # the host enqueues meanwhile: gaps between launches don't count
-        began = time.perf_counter()
-        start.record()
-        run(next(turn))
-        end.record()
-        enqueued = 1e3 * (time.perf_counter() - began)
-        torch.cuda.synchronize()
-        return start.elapsed_time(end), enqueued
-
-    first, enqueued = once(0)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began = time.perf_counter()
+    start.record()
+    run(next(turn))
+    end.record()
+    enqueued = 1e3 * (time.perf_counter() - began)
+    torch.cuda.synchronize()
+    first = start.elapsed_time(end)
     count = max(LEAST_RUNS, min(MOST_RUNS, int(1e3 * seconds / max(first, 1e-3))))
-    if first > 1e3 * seconds:  # long runs hide their launches and need no second warm-up
-        return [first] + [once(0)[0] for _ in range(count - 1)]
-    return [once(min(20, 1.5 * enqueued))[0] for _ in range(count)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    if enqueued > first / 2:  # the device waits until the host is ahead: gaps between launches don't count
+        torch.cuda._sleep(int(min(MOST_COVER_MS, 1.5 * enqueued * count) * CYCLES_PER_MS))
+    marks[0].record()
+    for mark in marks[1:]:
+        run(next(turn))
+        mark.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
 
 
 def median_and_spread(times: list[float]) -> tuple[float, float]:

@@ -596,6 +596,35 @@ class DeviceReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Sizes(TorchDispatchMode):
+    """Notes the shapes of everything computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(x.shape) for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)}
+        return out
+
+
+def test_a_long_evaluation_holds_no_whole_mlp_and_no_whole_logits(monkeypatch):
+    model, tokens = model_for(**VARIANTS["C"]).eval(), documents_of(T + 1, 15)
+    whole_mlp, whole_logits = {(1, T, 4 * 64), (T, 4 * 64)}, {(T, 128)}
+
+    def evaluate():
+        with torch.no_grad(), Sizes() as sizes:
+            return model(tokens[:-1], tokens[1:].long(), context_of(model, tokens[:-1], training=False)).loss, sizes.seen
+
+    loss, seen = evaluate()
+    assert seen & whole_mlp and seen & whole_logits
+    monkeypatch.setattr(S, "EVAL_CHUNK", 384)  # not a divisor of T
+    chunked, seen = evaluate()
+    assert not seen & (whole_mlp | whole_logits)
+    assert torch.allclose(chunked, loss, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["A", "B", "C"])
 def test_a_training_forward_and_backward_never_wait_for_the_device(name):
     model, tokens = model_for(**VARIANTS[name]).train(), documents_of(T + 1, 14)
