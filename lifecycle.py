@@ -141,6 +141,12 @@ class Signals:
             if not self.waiting:
                 raise Preempted(self.received)
 
+    def agree(self, ranks: float) -> bool:
+        """Whether any rank has a signal, of which so many had when they last told each other; then it counts for this one."""
+        if ranks and self.received is None:
+            self.received = "SIGTERM"
+        return ranks > 0
+
     @contextlib.contextmanager
     def deferred(self):
         self.waiting = True
@@ -227,7 +233,8 @@ class Watch(threading.Thread):
     def blame(self, culprits: dict[int, str]) -> Stop:
         stop = Stop("; ".join(f"rank {rank} {what}" for rank, what in sorted(culprits.items()))
                     + f"; this was step {PROGRESS.step}, the last checkpoint is intact")
-        stop.teller = min(set(range(self.world_size)) - set(culprits), default=0)
+        silent = {rank for rank in culprits if not self.seen[rank][0].get("ended")}  # the others tell it themselves
+        stop.teller = min(set(range(self.world_size)) - silent, default=0)
         return stop
 
     def explain(self, error: CollectiveFailed) -> Stop:

@@ -926,6 +926,7 @@ def choose_backend(config: Config, device: torch.device) -> tuple[str, bool, str
 class Trainer:
     def __init__(self, config: Config, device: torch.device, run: RunDirectory):
         self.config, self.device, self.run = config, device, run
+        random.seed(config.seed)
         self.model = build_model(config, device)
         self.optimizers = make_optimizers(self.model)
         self.train_loader = self.val_loader = None
@@ -1017,7 +1018,7 @@ class Trainer:
         torch._foreach_div_(grads, num_sequences)
         grad_norm = torch.stack([n.float() for n in torch._foreach_norm(grads)]).norm()
         loss, grad_norm, signalled = torch.stack([sums[0] / num_sequences, grad_norm, sums[1]]).tolist()
-        self.stopping = signalled > 0
+        self.stopping = SIGNALS.agree(signalled)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise Stop(f"step {self.step}: loss {loss}, gradient norm {grad_norm}: not finite; no weight was changed and "
                        f"the last checkpoint is intact")
@@ -1063,7 +1064,7 @@ class Trainer:
         sums = torch.stack([loss, torch.full_like(loss, SIGNALS.received is not None)])
         all_reduce([sums])
         loss, signalled = torch.stack([sums[0] / (config.val_tokens // config.val_seq_len), sums[1]]).tolist()
-        self.stopping = signalled > 0
+        self.stopping = SIGNALS.agree(signalled)
         return loss
 
     @torch.no_grad()
