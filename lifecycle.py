@@ -110,12 +110,12 @@ def all_reduce(tensors: list[Tensor]) -> None:
 
 def all_ranks(value: Tensor) -> list:
     """A scalar of every process, on every process."""
-    if not dist.is_initialized():
-        return [value.item()]
-    with collective():
-        gathered = [torch.zeros_like(value) for _ in range(world()[1])]
-        dist.all_gather(gathered, value)
-        return torch.stack(gathered).tolist()
+    value = value.reshape(1)
+    gathered = [torch.zeros_like(value) for _ in range(world()[1])]
+    if dist.is_initialized():
+        with collective():
+            dist.all_gather(gathered, value)
+    return torch.cat(gathered).tolist()
 
 
 class Signals:
@@ -170,15 +170,16 @@ class Watch(threading.Thread):
         self.closing, self.lock, self.ticks = threading.Event(), threading.Lock(), itertools.count()
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.store = None
-        if self.world_size > 1:  # a client of its own: the main thread may be blocked in the other
-            self.store = next(dist.rendezvous("env://"))[0]
-            self.store.set_timeout(timedelta(seconds=5))
-            self.publish()
+        self.moved = self.heartbeat = time.monotonic()
+        self.seen = [({}, self.moved)] * self.world_size  # of every rank: its last record and when it changed
+
+    def meet(self) -> None:
+        if self.world_size > 1:
             with collective():
+                self.store = next(dist.rendezvous("env://"))[0]  # a client of its own: the main thread may block the other
+                self.store.set_timeout(timedelta(seconds=5))
+                self.publish()
                 dist.barrier()
-        now = time.monotonic()
-        self.moved, self.heartbeat = now, now
-        self.seen = [({}, now)] * self.world_size  # of every rank: its last record and when it changed
 
     def publish(self, ended: str | None = None) -> None:
         """`ended`: None while it runs, "" when it left in order or because of another, else why it failed."""
@@ -200,6 +201,8 @@ class Watch(threading.Thread):
 
     def look(self) -> None:
         with self.lock:
+            if self.store is None:
+                return
             try:
                 self.publish()
                 records = [json.loads(r) for r in self.store.multi_get([f"watch/{r}" for r in range(self.world_size)])]
@@ -241,8 +244,7 @@ class Watch(threading.Thread):
         """A failed collective says that somebody is gone; the records tell who."""
         deadline = time.monotonic() + 15
         while time.monotonic() < deadline:
-            if self.store is not None:
-                self.look()
+            self.look()
             if culprits := self.silent_or_failed(min(3.0, self.silence)):
                 return self.blame(culprits)
             time.sleep(0.2)
@@ -326,7 +328,8 @@ class RunDirectory:
             except OSError as error:
                 opened[1] = f"{error.filename}: cannot be created ({error.strerror}); set LOG_DIR to a directory you may write"
         if dist.is_initialized():
-            dist.broadcast_object_list(opened)
+            with collective():
+                dist.broadcast_object_list(opened)
         self.path, refused = opened
         if refused:
             raise Stop(refused)
@@ -369,6 +372,11 @@ class RunDirectory:
 
     def __enter__(self):
         self.watch = Watch(self, self.config.rank_timeout)
+        try:
+            self.watch.meet()
+        except Stop as stop:
+            self.report(stop, echo=False)
+            raise
         self.watch.start()
         return self
 
@@ -472,15 +480,14 @@ class RunDirectory:
     def save_checkpoint(self, step: int, state: dict) -> None:
         """Write state_step%06d.pt behind the metrics that lead to it, then remove what KEEP_CHECKPOINTS and KEEP_EVERY do not
         keep. Stop if it cannot be written; the checkpoints before it are then all there."""
-        if self.rank == 0:
-            path = self.path / f"state_step{step:06d}.pt"
-            os.fsync(self.metrics_file.fd)
-            write_atomically(path, partial(torch.save, state))
-            self.log(f"saved {path}")
-            keep, every = self.config.keep_checkpoints, self.config.keep_every
-            for old, stale in checkpoints(self.path)[:-keep] if keep else []:
-                if not (every and old % every == 0):
-                    stale.unlink(missing_ok=True)
+        path = self.path / f"state_step{step:06d}.pt"
+        os.fsync(self.metrics_file.fd)
+        write_atomically(path, partial(torch.save, state))
+        self.log(f"saved {path}")
+        keep, every = self.config.keep_checkpoints, self.config.keep_every
+        for old, path in checkpoints(self.path)[:-keep] if keep else []:
+            if not (every and old % every == 0):
+                path.unlink(missing_ok=True)
 
     def set_aside_after(self, step: int) -> None:
         """Checkpoints beyond the step that the run resumes at, damaged or of a continuation given up, get another name, so

@@ -1149,7 +1149,8 @@ class Trainer:
         if not self.config.save_checkpoint or self.saved_step == self.step:
             return
         try:
-            self.run.save_checkpoint(self.step, self.state())
+            if self.run.rank == 0:
+                self.run.save_checkpoint(self.step, self.state())
             self.saved_step = self.step
         except Stop as stop:
             if must:

@@ -898,6 +898,48 @@ L.RunDirectory.metrics = metrics
     assert log.count("\n") < 130 and saved(run) == [1800, 2000]
 
 
+def test_the_guards_cost_less_than_half_a_percent_of_a_step(settings, start, tmp_path):
+    """CPU time that both threads of rank 0 spend on them, against the steps of a small model: the demo's, by two processes."""
+    fault = """
+import atexit, time
+spent = {}
+def timed(owner, name):
+    method = getattr(owner, name)
+    def inner(*arguments, **options):
+        started = time.thread_time()
+        try:
+            return method(*arguments, **options)
+        finally:
+            spent[name] = spent.get(name, 0) + time.thread_time() - started
+    setattr(owner, name, inner)
+timed(L.Watch, "look")
+timed(L.RunDirectory, "write_status")
+timed(S.Trainer, "compare_ranks")
+timed(L.Signals, "agree")
+L.HEARTBEAT_SECONDS = 1
+summarise = S.summarise
+def tell(trainer, needle):
+    started = time.thread_time()
+    for _ in range(trainer.step):  # what a step does for them without a function of its own
+        torch.stack([torch.zeros(()), torch.full_like(torch.zeros(()), False)])
+        L.PROGRESS.sequences += 1
+        L.PROGRESS.collectives += 4
+    spent["flag"] = time.thread_time() - started
+    print("spent", sum(spent.values()), spent)
+    return summarise(trainer, needle)
+S.summarise = tell
+"""
+    variables = settings | dict(RUN_NAME="cost", NUM_LAYERS=4, NUM_HEADS=2, HEAD_DIM=64, MODEL_DIM=128, TRAIN_SEQ_LEN=1024,
+                                BATCH_TOKENS=2048, NUM_ITERATIONS=40, EPOCHS=0, VAL_LOSS_EVERY=0, CHECKPOINT_EVERY=0,
+                                RANK_CHECK_EVERY=20)
+    result = start(variables, fault=fault).finish(100)
+    assert result.statuses == [0, 0], result.err
+    spent = float(re.search(r"spent ([\d.e-]+)", result.out)[1])
+    seconds = json.loads((tmp_path / "cost" / "summary.json").read_text())["train_seconds"]
+    print(re.search("spent.*", result.out)[0], "of", seconds)
+    assert spent < 0.005 * seconds
+
+
 def test_a_failing_compiler_is_met_without_warm_up_steps_too(settings, tmp_path, monkeypatch):
     """WARMUP_STEPS=0 and VAL_TOKENS=0 leave no other forward in which TORCH_COMPILE_FALLBACK_TO_EAGER can act."""
     compile = torch.compile
