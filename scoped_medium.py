@@ -8,7 +8,8 @@
 
 Arms: A is SPECTRAL_BIAS=0, numerically baseline.py; B is SPECTRAL_BIAS=1; C adds SPECTRAL_USE_POINTER_MASK=1 and
 SPECTRAL_POINTER_SCHEDULE=1. Everything is configured by environment variables. The order of the file: configuration, model,
-optimizers and schedules, data, run directory and checkpoints, evaluation, training loop. SPEC.md is the design.
+optimizers and schedules, data, checkpoints, evaluation, training loop, start. lifecycle.py holds what surrounds a run: processes,
+signals, run directory, checkpoint files. SPEC.md is the design.
 
 Shape suffixes: B batch (always 1), T tokens, H heads, D head dim, C model dim, V vocabulary, N blocks of 128 tokens.
 """
@@ -1528,8 +1529,8 @@ def main(arguments: list[str]) -> None:
             run_experiment(check_only=arguments == ["--check"])
     except Stop as stop:
         status, line, teller = 1, f"error: {stop}", stop.teller
-    except Preempted as signal:
-        status, line = signal.exit_status, (f"preempted by {signal} at step {PROGRESS.step}: the same command with RESUME=auto "
+    except Preempted as stop:
+        status, line = stop.exit_status, (f"preempted by {stop} at step {PROGRESS.step}: the same command with RESUME=auto "
                                             f"and its RUN_NAME goes on from the newest checkpoint")
     if line and world()[0] == teller:
         print(line, file=sys.stderr)

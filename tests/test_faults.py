@@ -956,3 +956,14 @@ def test_a_failing_compiler_is_met_without_warm_up_steps_too(settings, tmp_path,
     main(variables | dict(TORCH_COMPILE=0, RUN_NAME="plain"))
     assert records(tmp_path / "fell") == records(tmp_path / "plain") and len(records(tmp_path / "fell")) == 2
     assert math.isfinite(records(tmp_path / "fell")[-1]["train_loss"])
+
+
+def test_every_promise_of_the_readme_names_tests_that_exist():
+    (section,) = re.findall(r"## What a run promises\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S)
+    promises = re.split(r"\n\d+\. ", section)[1:]
+    assert len(promises) == 10
+    for promise in promises:
+        proofs = re.findall(r"\*(?:(test_\w+\.py): )?(\w+)\*", promise)
+        assert proofs
+        for file, name in proofs:
+            assert re.search(rf"^def test_\w*{name}", (ROOT / "tests" / (file or "test_faults.py")).read_text(), re.M), name
