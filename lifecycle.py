@@ -219,11 +219,13 @@ class Watch(threading.Thread):
 
     def silent_or_failed(self, seconds: float) -> dict[int, str]:
         """Ranks that are gone, each with what is known of it. A failed one is given time to end the others by itself."""
-        if self.store is None:
-            return {0: "ended, and the store with it"} if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else {}
         now, gone = time.monotonic(), {}
         for rank, (record, changed) in enumerate(self.seen):
-            if now - changed > seconds and record.get("ended") != "":
+            if self.store is None:  # no record is new: all that is known is that its host has gone, if that was a rank
+                silent = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            else:
+                silent = now - changed > seconds
+            if silent and record.get("ended") != "":
                 gone[rank] = f"failed: {record['ended']}" if record.get("ended") else "was killed or stopped"
         return gone
 
@@ -257,6 +259,8 @@ class Watch(threading.Thread):
         if self.store is not None:
             with contextlib.suppress(RuntimeError), self.lock:
                 self.publish(ended=why)
+            if why:
+                time.sleep(2 * POLL_SECONDS)  # until the others have read it
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@
 
 Arms: A is SPECTRAL_BIAS=0, numerically baseline.py; B is SPECTRAL_BIAS=1; C adds SPECTRAL_USE_POINTER_MASK=1 and
 SPECTRAL_POINTER_SCHEDULE=1. Everything is configured by environment variables. The order of the file: configuration, model,
-optimizers and schedules, data, checkpoints, evaluation, training loop, start. lifecycle.py holds what surrounds a run: processes,
-signals, run directory, checkpoint files. SPEC.md is the design.
+optimizers and schedules, data, checkpoints, evaluation, training loop, start. lifecycle.py holds what surrounds a run:
+processes, signals, run directory, checkpoint files. SPEC.md is the design.
 
 Shape suffixes: B batch (always 1), T tokens, H heads, D head dim, C model dim, V vocabulary, N blocks of 128 tokens.
 """
