@@ -6,6 +6,7 @@ format of every file that a run leaves behind.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import itertools
 import json
@@ -308,6 +309,12 @@ class LineFile:
             while self.unwritten:
                 self.unwritten = self.unwritten[os.write(self.fd, self.unwritten):]
 
+    def sync(self) -> None:
+        with self.lock:
+            if self.unwritten:
+                raise OSError(errno.ENOSPC, "lines of it still wait for space")
+            os.fsync(self.fd)
+
     def close(self) -> None:
         os.close(self.fd)
 
@@ -485,7 +492,10 @@ class RunDirectory:
         """Write state_step%06d.pt behind the metrics that lead to it, then remove what KEEP_CHECKPOINTS and KEEP_EVERY do not
         keep. Stop if it cannot be written; the checkpoints before it are then all there."""
         path = self.path / f"state_step{step:06d}.pt"
-        os.fsync(self.metrics_file.fd)
+        try:
+            self.metrics_file.sync()
+        except OSError as error:
+            raise Stop(f"{path}: not written, as metrics.jsonl is not on the disk ({error.strerror})") from None
         write_atomically(path, partial(torch.save, state))
         self.log(f"saved {path}")
         keep, every = self.config.keep_checkpoints, self.config.keep_every

@@ -1156,8 +1156,8 @@ class Trainer:
         except Stop as stop:
             if must:
                 raise
-            self.run.warn(f"{stop}; the run goes on, the next checkpoint is due at step "
-                          f"{self.step + self.config.checkpoint_every}")
+            due = min(self.step + self.config.checkpoint_every, self.config.num_iterations)
+            self.run.warn(f"{stop}; the run goes on, the next checkpoint is due at step {due}")
 
     def resume(self, state: dict, path: Path) -> None:
         load_weights(self.model, state, path)
