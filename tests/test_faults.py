@@ -692,7 +692,7 @@ def test_unnamed_runs_of_one_second_have_names_of_their_own(settings, tmp_path, 
 
 def test_too_little_space_for_two_checkpoints_is_refused_with_the_sizes(settings, tmp_path):
     vast = settings | dict(MODEL_DIM=32768, NUM_LAYERS=64, LOG_DIR=tmp_path / "logs")  # larger than any disk
-    for arguments in ((), ("--check",)):
+    for arguments in (("--check",), ()):  # in this order: without the guard a run would take all of the machine's memory
         line = refusal(vast, *arguments)
         sizes = re.search(r"([\d.,]+) GiB are free, two checkpoints take ([\d.,]+) GiB", line)
         assert float(sizes[1].replace(",", "")) < float(sizes[2].replace(",", ""))
