@@ -8,7 +8,8 @@
 
 Arms: A is SPECTRAL_BIAS=0, numerically baseline.py; B is SPECTRAL_BIAS=1; C adds SPECTRAL_USE_POINTER_MASK=1 and
 SPECTRAL_POINTER_SCHEDULE=1. Everything is configured by environment variables. The order of the file: configuration, model,
-optimizers and schedules, data, run directory and checkpoints, evaluation, training loop. SPEC.md is the design.
+optimizers and schedules, data, checkpoints, evaluation, training loop, start. lifecycle.py holds what surrounds a run:
+processes, signals, run directory, checkpoint files. SPEC.md is the design.
 
 Shape suffixes: B batch (always 1), T tokens, H heads, D head dim, C model dim, V vocabulary, N blocks of 128 tokens.
 """
@@ -22,12 +23,11 @@ import os
 import random
 import re
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
 import time
-import zipfile
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,22 @@ from tqdm import tqdm
 
 from data import shards
 from eval.needle import Haystack, check_needle_shape, draw_needles, evaluate_needles
+from lifecycle import (
+    PROGRESS,
+    SIGNALS,
+    WEIGHT_KEYS,
+    Preempted,
+    RunDirectory,
+    Stop,
+    all_ranks,
+    all_reduce,
+    collective,
+    free_space,
+    newest_readable,
+    read_checkpoint,
+    set_up_device,
+    world,
+)
 from model.attention import (
     BLOCK,
     MAX_TABLE_BLOCKS,
@@ -73,17 +89,14 @@ from model.attn_bias import (
 # Configuration: every variable is declared once, here. Help, README table, validation and config.json come from it.
 
 
-class Stop(Exception):
-    """Ends the run with one line on stderr."""
-
-
 def var(group: str, default, help: str, low=None, high=None, choices=None):
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, low=low, high=high, choices=choices))
 
 
 _training, _model, _spectral = (partial(var, g) for g in ("training", "model", "spectral"))
 _run, _validation, _compiler, _needle = (partial(var, g) for g in ("run", "validation", "compiler", "needle"))
-RESUME_MUST_MATCH = ("training", "model", "spectral")  # groups in which a resumed run may differ in nothing
+RESUME_MUST_MATCH = ("training", "model", "spectral")  # groups in which a resumed run may differ in nothing but
+RESUME_MAY_DIFFER = {"train_files", "epochs", "warmup_steps"}  # these: shards are compared by content
 CHECKED_PREFIXES = ("SPECTRAL_", "NEEDLE_", "SCOPE_", "FLEXATTN_")  # ours: an unknown name with one is always refused
 
 
@@ -94,7 +107,7 @@ class Config:
     epochs: int = _training(1, "passes over the training shards that a run may take; 0: as many as it needs", low=0)
     train_seq_len: int = _training(65536, "tokens in one training sequence", low=BLOCK)
     batch_tokens: int = _training(524288, "tokens in one optimizer step, over all processes (by accumulation)", low=BLOCK)
-    seed: int = _training(0, "seed of the weights and of the needles", low=0)
+    seed: int = _training(0, "seed of the weights and of the needles", low=0, high=2**63 - 1)
     cooldown_frac: float = _training(0.6, "share of the steps over which the learning rate falls to 0", low=1e-9, high=1)
     warmup_steps: int = _training(10, "untimed steps on random tokens before step 0 (compiled runs only; state restored)",
                                   low=0)
@@ -152,11 +165,18 @@ class Config:
     log_dir: str = _run("logs", "directory of the run directories")
     save_checkpoint: bool = _run(True, "save state_step%06d.pt at the end and every CHECKPOINT_EVERY steps")
     checkpoint_every: int = _run(0, "steps between checkpoints; 0: only at the end", low=0)
-    resume: str = _run("0", "0: a new run; auto: continue from the run directory's newest checkpoint; or a checkpoint's path")
+    keep_checkpoints: int = _run(3, "newest checkpoints that are kept; 0: all", low=0)
+    keep_every: int = _run(0, "checkpoints at multiples of so many steps are kept for good; 0: none", low=0)
+    resume: str = _run("0", "0: a new run; auto: continue from the run directory's newest sound checkpoint; or a checkpoint's "
+                            "path")
+    resume_other_data: bool = _run(False, "resume although the training shards are not the checkpoint's")
     load_checkpoint: str = _run("", "checkpoint whose weights to start from, or to evaluate with NUM_ITERATIONS=0")
     scope_log_every: int = _run(200, "steps between SCOPE_STATS lines; 0: none", low=0)
     log_every: int = _run(10, "steps between plain log lines", low=1)
     log_all_ranks: bool = _run(False, "one log file a rank")
+    rank_check_every: int = _run(100, "steps between comparisons of the parameters of all processes; 0: only at the start",
+                                 low=0)
+    rank_timeout: int = _run(1800, "seconds without any progress after which a run of several processes ends as hung", low=1)
 
     attn_backend: str = _compiler("auto", "triton: own kernels, for Hopper and newer; flex: FlexAttention, any CUDA GPU; "
                                           "reference: plain block gather, the CPU's; auto: the fastest that fits, and logged",
@@ -181,10 +201,18 @@ class Config:
 
     @classmethod
     def from_environment(cls, environment=os.environ, checkpoint: dict | None = None) -> "Config":
-        """Read and validate; raises Stop with every problem found. A checkpoint's model and spectral settings serve as
-        defaults, so that an evaluation need not repeat them."""
-        problems = unknown_variables(environment)
-        values = {}
+        """Read and validate; raises Stop with every problem found."""
+        config, problems, unread = cls.read(environment, checkpoint)
+        problems += config.impossible_combinations(unread)
+        if problems:
+            raise Stop("; ".join(problems))
+        return config
+
+    @classmethod
+    def read(cls, environment, checkpoint: dict | None = None) -> tuple["Config", list[str], set[str]]:
+        """(configuration, problems, variables that could not be read and have their defaults instead). A checkpoint's model
+        and spectral settings serve as defaults, so that an evaluation need not repeat them."""
+        problems, values, unread = unknown_variables(environment), {}, set()
         for field in dataclasses.fields(cls):
             name = field.name.upper()
             inherited = checkpoint and field.metadata["group"] in ("model", "spectral") and field.name in checkpoint
@@ -193,18 +221,16 @@ class Config:
                     values[field.name] = parse(field, environment[name])
                 except ValueError as error:
                     problems.append(f"{name}={environment[name]}: {error}")
+                    unread.add(name)
             elif inherited:
                 values[field.name] = checkpoint[field.name]
-        if not problems:
-            config = cls(**values)
-            problems = config.impossible_combinations()
-        if problems:
-            raise Stop("; ".join(problems))
+        config = cls(**values)
         # Resolved now, so that a checkpoint of this run knows its frequencies whatever length it is evaluated at.
-        return dataclasses.replace(config, spectral_l_train=config.spectral_l_train or config.train_seq_len)
+        config = dataclasses.replace(config, spectral_l_train=config.spectral_l_train or config.train_seq_len)
+        return config, problems, unread
 
-    def impossible_combinations(self) -> list[str]:
-        """Combinations that cannot run, each as one line with its arithmetic."""
+    def impossible_combinations(self, unread: set[str] = frozenset()) -> list[str]:
+        """Combinations that cannot run, each as one line with its arithmetic; none with a variable that was not read."""
         problems = []
 
         def refuse(broken, text: str) -> None:
@@ -218,13 +244,20 @@ class Config:
         for total, part in (("batch_tokens", "train_seq_len"), ("val_tokens", "val_seq_len")):
             a, b = getattr(self, total), getattr(self, part)
             refuse(a % b, f"{total.upper()}={a} is not a multiple of {part.upper()}={b}: {a} / {b} = {a / b:.2f}")
-        refuse(self.head_dim % 4, f"HEAD_DIM={self.head_dim} is not a multiple of 4 (half-truncated rotary embedding)")
+        refuse(self.head_dim % 4, f"HEAD_DIM={self.head_dim} is not a multiple of 4: {self.head_dim // 4 * 4} and "
+                                  f"{(self.head_dim // 4 + 1) * 4} are (half-truncated rotary embedding)")
         refuse(self.doc_delimiter >= self.vocab_size,
                f"DOC_DELIMITER={self.doc_delimiter} is outside VOCAB_SIZE={self.vocab_size}")
         refuse(self.resume != "0" and self.load_checkpoint, "RESUME and LOAD_CHECKPOINT exclude each other: the first "
                "continues a run, the second starts from its weights")
         refuse(self.resume == "auto" and not self.run_name, "RESUME=auto needs RUN_NAME, to know which run to continue")
         refuse("/" in self.run_name or self.run_name in (".", ".."), f"RUN_NAME={self.run_name} is not a directory name")
+        interval = self.checkpoint_every
+        refuse(self.keep_every and not interval, f"KEEP_EVERY={self.keep_every} needs CHECKPOINT_EVERY, which is 0")
+        refuse(interval and self.keep_every % interval, f"KEEP_EVERY={self.keep_every} is not a multiple of CHECKPOINT_EVERY="
+               f"{interval}: {self.keep_every} / {interval} = {self.keep_every / max(interval, 1):.2f}")
+        refuse(not (self.num_iterations or self.needle_eval or self.val_tokens),
+               "NUM_ITERATIONS=0, NEEDLE_EVAL=0 and VAL_TOKENS=0 leave nothing to do")
         refuse(self.needle_files and not self.needle_eval, "NEEDLE_FILES is set, but NEEDLE_EVAL is 0")
         if self.attn_backend == "triton":
             refuse(self.head_dim not in TRITON_HEAD_DIMS, f"ATTN_BACKEND=triton knows HEAD_DIM "
@@ -233,7 +266,8 @@ class Config:
         if self.needle_eval:
             problems += check_needle_shape(self.needle_seq_len, self.needle_distances, self.needle_anchor_len,
                                            self.needle_value_len)
-        return problems + (self.impossible_spectral() if self.spectral_bias else self.spectral_without_bias())
+        problems += self.impossible_spectral() if self.spectral_bias else self.spectral_without_bias()
+        return [text for text in problems if unread.isdisjoint(re.findall(r"\w+", text))]
 
     def spectral_without_bias(self) -> list[str]:
         return [f"{name.upper()}=1 needs SPECTRAL_BIAS=1" for name in ("spectral_use_pointer_mask",) if getattr(self, name)]
@@ -242,7 +276,8 @@ class Config:
         problems = []
         shape = self.spectral_shape()
         if shape.l_train >= shape.l_max:
-            problems.append(f"the wavelengths are empty: SPECTRAL_L_MAX={shape.l_max} must exceed l_train={shape.l_train}")
+            problems.append(f"the wavelengths are empty: SPECTRAL_L_MAX={shape.l_max} must exceed l_train={shape.l_train} "
+                            f"(SPECTRAL_L_TRAIN, else TRAIN_SEQ_LEN)")
         if shape.l_train <= BLOCK:
             problems.append(f"SPECTRAL_L_TRAIN={shape.l_train} must exceed the block of {BLOCK} tokens")
         if self.max_seq_len > MAX_POSITION:
@@ -673,11 +708,13 @@ class Muon(torch.optim.Optimizer):
             work = None
             if self.world_size > 1:
                 local, updates = updates.contiguous(), updates.new_empty(self.world_size * share, *updates.shape[1:])
-                work = dist.all_gather(list(updates.chunk(self.world_size)), local, async_op=True)
+                with collective():
+                    work = dist.all_gather(list(updates.chunk(self.world_size)), local, async_op=True)
             pending.append((group, updates, work))
         for group, updates, work in pending:  # each gather overlaps the orthogonalisation of the next group
             if work is not None:
-                work.wait()
+                with collective():
+                    work.wait()
             params, lr = group["params"], group["lr"]
             rows, cols = params[0].shape[-2:]
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
@@ -792,8 +829,8 @@ def batches_in(tokens: int, batch: int) -> int:
 class TokenLoader:
     """Contiguous slices of batch + 1 tokens, shard after shard, the same for every number of processes."""
 
-    def __init__(self, pattern: str, batch: int, vocab_size: int):
-        self.batch, self.vocab_size = batch, vocab_size
+    def __init__(self, pattern: str, batch: int, vocab_size: int, epochs: int = 0):
+        self.batch, self.vocab_size, self.epochs = batch, vocab_size, epochs
         self.paths = shards.find_shards(pattern)
         self.batches = [batches_in(shards.token_count(path), batch) for path in self.paths]
         for path, count in zip(self.paths, self.batches, strict=True):
@@ -801,24 +838,42 @@ class TokenLoader:
                 raise ValueError(f"{path}: holds {shards.token_count(path)} tokens, less than one batch of {batch} + 2: "
                                  f"merge shards (data/tokenize_text.py --shard-tokens) or take smaller batches")
         self.position = dict(epoch=0, shard=0, batch=0)  # of the next batch
-        self.tokens, self.opened = None, None
+        self.file, self.opened = None, None
 
     def next_batch(self) -> np.ndarray:
+        """uint16 [batch + 1]. Read, not mapped: a shard that is cut or lost in mid-run is a line and not a bus error."""
         p = self.position
-        if self.opened != p["shard"]:
-            path = self.paths[p["shard"]]
-            try:  # a run opens a shard when its turn comes, long after the checks at its start
-                self.tokens, self.opened = shards.open_shard(path), p["shard"]
-                shards.check_tokens(path, self.tokens, self.vocab_size)
-            except ValueError as error:
-                raise Stop(str(error)) from None
-        start = p["batch"] * self.batch
+        if self.epochs and p["epoch"] >= self.epochs:
+            raise Stop(f"the training shards are used up: EPOCHS={self.epochs} passes are over; add shards or raise EPOCHS")
+        path = self.paths[p["shard"]]
+        try:
+            if self.opened != p["shard"]:  # a run opens a shard when its turn comes, long after the checks at its start
+                shards.check_tokens(path, shards.open_shard(path), self.vocab_size)
+                if self.file:
+                    self.file.close()
+                self.file, self.opened = open(path, "rb"), p["shard"]
+            tokens = shards.read_tokens(self.file, p["batch"] * self.batch, self.batch + 1)
+        except (ValueError, OSError) as error:
+            raise Stop(str(error)) from None
         p["batch"] += 1
         if p["batch"] == self.batches[p["shard"]]:
             p["shard"], p["batch"] = p["shard"] + 1, 0
         if p["shard"] == len(self.paths):
             p["shard"], p["epoch"] = 0, p["epoch"] + 1
-        return self.tokens[start : start + self.batch + 1]
+        return tokens
+
+    def has(self, position: dict) -> bool:
+        return position["shard"] < len(self.paths) and position["batch"] < self.batches[position["shard"]]
+
+    def policy(self, batches: int) -> str:
+        """What EPOCHS allows, and what a run of so many batches takes."""
+        total = sum(self.batches)
+        return (f"training data: {len(self.paths)} shards, {total} batches a pass; {batches} steps take {batches / total:.2f} "
+                f"passes, EPOCHS={self.epochs} allows {self.epochs or 'any number'}")
+
+    def fingerprint(self) -> list[tuple[str, int, str]]:
+        """(name, tokens, hash of a sample of the content) of every shard."""
+        return [(path.name, shards.token_count(path), shards.fingerprint(path)) for path in self.paths]
 
     def check(self, batches: int, epochs: int, every_token: bool) -> None:
         """ValueError if the shards cannot give this many batches in this many passes (0: any number)."""
@@ -840,144 +895,32 @@ def local_sequences(batch: np.ndarray, seq_len: int, device: torch.device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes, run directory, checkpoints
-
-CHECKPOINT_KEYS = {"config", "model", "optimizers", "loader", "step", "total_steps", "rng"}
-
-
-def world() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun gives them; (0, 1, 0) for plain python."""
-    return tuple(int(os.environ.get(name, default)) for name, default in
-                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-
-
-def set_up_device() -> torch.device:
-    local_rank = world()[2]
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return device
-
-
-def all_reduce(tensors: list[Tensor]) -> None:
-    if dist.is_initialized():
-        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
-            work.wait()
-
-
-def write_atomically(path: Path, write) -> None:
-    """`write(file)` to a temporary file beside `path`, then rename: readers see the old file or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
-    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind a RuntimeError of its own
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise Stop(f"{path}: cannot be written ({' '.join(str(reason).split())})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class RunDirectory:
-    """LOG_DIR/RUN_NAME: source, configuration, log, metrics, checkpoints, summary. Rank 0 writes; the others write a log of
-    their own if LOG_ALL_RANKS asks for it."""
-
-    def __init__(self, config: Config):
-        self.rank = world()[0]
-        name = [config.run_name or f"arm_{config.arm}_seed{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"]
-        if dist.is_initialized():
-            dist.broadcast_object_list(name)
-        self.path = Path(config.log_dir) / name[0]
-        occupied = config.resume == "0" and (self.path / "config.json").exists()
-        if dist.is_initialized():
-            dist.barrier()  # every rank has looked before rank 0 writes
-        if occupied:
-            raise Stop(f"{self.path} already holds a run: set RESUME=auto to continue it, or another RUN_NAME")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Stop(f"{self.path}: cannot be created ({error.strerror}); set LOG_DIR to a directory you may write") from None
-        writes_log = self.rank == 0 or config.log_all_ranks
-        self.log_file = (self.path / ("log.txt" if self.rank == 0 else f"log_rank{self.rank}.txt")).open("a") \
-            if writes_log else None
-        if self.rank == 0:
-            self.write_json("config.json", dataclasses.asdict(config))
-            self.copy_source()
-
-    def copy_source(self) -> None:
-        root = Path(__file__).resolve().parent
-        for source in (Path(__file__).resolve(), *sorted((root / "model").glob("*.py"))):
-            target = self.path / "source" / source.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-
-    def log(self, line: str, echo: bool = True) -> None:
-        if self.log_file:
-            print(line, file=self.log_file, flush=True)
-        if echo and self.rank == 0:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-    def metrics(self, **record) -> None:
-        if self.rank == 0:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def drop_metrics_after(self, step: int) -> None:
-        """A resumed run repeats what came after its checkpoint, the validation at that step included: those records go, so
-        that none is there twice. A torn last line goes too."""
-        path = self.path / "metrics.jsonl"
-        if self.rank == 0 and path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            records = [json.loads(line) for line in lines]
-            kept = [line for line, r in zip(lines, records, strict=True)
-                    if r["step"] < step or (r["step"] == step and "train_loss" in r)]
-            write_atomically(path, lambda file: file.write("".join(kept).encode()))
-
-    def read_metrics(self) -> list[dict]:
-        path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if self.rank == 0 and path.exists() else []
-
-    def write_json(self, name: str, value: dict) -> None:
-        if self.rank == 0:
-            write_atomically(self.path / name, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    found = [p for p in directory.glob("state_step*.pt") if re.fullmatch(r"state_step\d{6,}\.pt", p.name)]
-    return max(found, key=lambda p: int(p.stem.removeprefix("state_step")), default=None)
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint's content on the CPU; Stop names the file if it cannot be read."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch does not see a damaged tensor, the archive's checksums do
-            damaged = archive.testzip()
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise Stop(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch raises four kinds for damaged files: all mean that this file cannot be used
-        reason = str(error).strip().partition("\n")[0]
-        raise Stop(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from None
-    if damaged:
-        raise Stop(f"{path}: damaged, {damaged} inside does not match its checksum")
-    if not isinstance(state, dict) or not CHECKPOINT_KEYS <= state.keys():
-        raise Stop(f"{path}: not a checkpoint of this script, which holds {', '.join(sorted(CHECKPOINT_KEYS))}")
-    return state
-
+# Checkpoints
 
 def differing_settings(old: dict, new: Config, groups: tuple[str, ...]) -> list[str]:
     return [f"{f.name.upper()} was {old.get(f.name)}, is {getattr(new, f.name)}" for f in dataclasses.fields(Config)
-            if f.metadata["group"] in groups and old.get(f.name) != getattr(new, f.name)]
+            if f.metadata["group"] in groups and f.name not in RESUME_MAY_DIFFER and old.get(f.name) != getattr(new, f.name)]
+
+
+def differing_shards(old: list, new: list) -> str | None:
+    """How the training shards differ from a checkpoint's, in content and order; where they lie and what they are called
+    does not matter."""
+    if len(old) != len(new):
+        return f"it had {len(old)} training shards, there are {len(new)}"
+    for i, (was, now) in enumerate(zip(old, new, strict=True)):
+        if tuple(was[1:]) != tuple(now[1:]):
+            return f"training shard {i} was {was[0]} with {was[1]} tokens, is {now[0]} with {now[1]}" \
+                   + (" of other content" if was[1] == now[1] else "")
+    return None
+
+
+def checkpoint_bytes(model: nn.Module, device_type: str) -> int:
+    """Size of a checkpoint: the weights, Muon's momentum of the blocks' matrices, Adam's two moments of all else."""
+    embeddings = {id(table.weight) for table in (model.embed, *model.value_embeds)}
+    spectral = {id(p) for module in model.modules() if isinstance(module, SpectralBias) for p in module.parameters()}
+    matrices = {id(p) for p in model.blocks.parameters() if p.ndim >= 2} - spectral
+    return sum(p.numel() * (2 if device_type == "cuda" and id(p) in embeddings else 4) * (2 if id(p) in matrices else 3)
+               for p in model.parameters())
 
 
 def load_weights(model: GPT, state: dict, path, assign: bool = False) -> None:
@@ -1028,12 +971,22 @@ def choose_backend(config: Config, device: torch.device) -> tuple[str, bool, str
 class Trainer:
     def __init__(self, config: Config, device: torch.device, run: RunDirectory):
         self.config, self.device, self.run = config, device, run
+        random.seed(config.seed)
         self.model = build_model(config, device)
         self.optimizers = make_optimizers(self.model)
-        self.train_loader = None
-        if config.num_iterations:
-            self.train_loader = TokenLoader(config.train_files, config.batch_tokens, config.vocab_size)
+        self.train_loader = self.val_loader = None
+        try:
+            if config.num_iterations:
+                self.train_loader = TokenLoader(config.train_files, config.batch_tokens, config.vocab_size, config.epochs)
+            if config.val_tokens:
+                self.val_loader = TokenLoader(config.val_files, config.val_tokens, config.vocab_size)
+        except ValueError as error:  # shards that were sound when the run was checked
+            raise Stop(str(error)) from None
+        self.data = self.train_loader.fingerprint() if self.train_loader else None
         self.step, self.total_steps = 0, config.num_iterations
+        self.best_val_loss = math.inf
+        self.saved_step = None  # of the newest checkpoint
+        self.stopping = False  # a signal reached some process, and by now all know of it
         self.telemetry, self.telemetry_documents = [], None
         self.graphs_after_warm_up = 0
         self.compile()
@@ -1063,6 +1016,7 @@ class Trainer:
         return Schedule(self.config, self.step, self.total_steps)
 
     def context(self, tokens_T: Tensor) -> Context:
+        PROGRESS.sequences += 1
         return self.schedule().context(tokens_T, self.model.training, self.backend)
 
     @property
@@ -1098,14 +1052,16 @@ class Trainer:
 
     def train_step(self, sequences) -> tuple[float, float]:
         """One optimizer step; returns the mean loss over the global batch and the norm of its gradient. A loss or gradient
-        that is not finite stops every rank before any weight changes."""
+        that is not finite stops every rank before any weight changes. A signal to any rank travels with the loss."""
         num_sequences = self.config.batch_tokens // self.config.train_seq_len
         loss = self.accumulate(sequences)
         grads = [p.grad for p in self.model.parameters()]
-        all_reduce([*grads, loss])
+        sums = torch.stack([loss, torch.full_like(loss, SIGNALS.received is not None)])
+        all_reduce([*grads, sums])
         torch._foreach_div_(grads, num_sequences)
         grad_norm = torch.stack([n.float() for n in torch._foreach_norm(grads)]).norm()
-        loss, grad_norm = torch.stack([loss / num_sequences, grad_norm]).tolist()
+        loss, grad_norm, signalled = torch.stack([sums[0] / num_sequences, grad_norm, sums[1]]).tolist()
+        self.stopping = SIGNALS.agree(signalled)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise Stop(f"step {self.step}: loss {loss}, gradient norm {grad_norm}: not finite; no weight was changed and "
                        f"the last checkpoint is intact")
@@ -1120,19 +1076,39 @@ class Trainer:
         return loss, grad_norm
 
     @torch.no_grad()
+    def compare_ranks(self) -> None:
+        """Stop unless all processes hold the same parameters bit for bit: compares a sum over the bits of each."""
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for factor, p in enumerate(self.model.parameters(), 1):
+            bits = p.view(torch.int16 if p.element_size() == 2 else torch.int32).flatten()
+            for part in bits.split(1 << 24):  # the sum widens what it reads to int64
+                total += (2 * factor + 1) * part.sum(dtype=torch.int64)
+        sums = all_ranks(total)
+        if len(set(sums)) > 1:
+            other = [rank for rank, value in enumerate(sums) if value != sums[0]]
+            raise Stop(f"step {self.step}: the parameters of rank {', '.join(map(str, other))} differ from rank 0's: memory or "
+                       f"transport fault; resume from a checkpoint before it")
+
+    @torch.no_grad()
     def validate(self) -> float:
+        """Mean loss; cut short, and then of no use, when a signal sets `stopping`."""
         config = self.config
         self.model.eval()
         loss = torch.zeros((), device=self.device)
-        batch = TokenLoader(config.val_files, config.val_tokens, config.vocab_size).next_batch()
-        for tokens, targets in local_sequences(batch, config.val_seq_len, self.device):
+        self.val_loader.position = dict(epoch=0, shard=0, batch=0)
+        for tokens, targets in local_sequences(self.val_loader.next_batch(), config.val_seq_len, self.device):
+            if SIGNALS.received:
+                break
             context = self.context(tokens)
             self.new_graph_step()
             out = self.forward(tokens, targets, context)
             loss += out.loss
             self.telemetry, self.telemetry_documents = out.telemetry, context.documents
-        all_reduce([loss])
-        return (loss / (config.val_tokens // config.val_seq_len)).item()
+        sums = torch.stack([loss, torch.full_like(loss, SIGNALS.received is not None)])
+        all_reduce([sums])
+        loss, signalled = torch.stack([sums[0] / (config.val_tokens // config.val_seq_len), sums[1]]).tolist()
+        self.stopping = SIGNALS.agree(signalled)
+        return loss
 
     @torch.no_grad()
     def needle_eval(self, haystack: Haystack) -> dict:
@@ -1175,7 +1151,8 @@ class Trainer:
             return torch.randint(config.vocab_size, (length,), generator=generator, dtype=torch.int32).to(self.device)
 
         try:
-            for _ in range(config.warmup_steps if config.num_iterations else 0):
+            least = int(config.torch_compile_fallback_to_eager)  # a failure must show here, where it can be mended
+            for _ in range(max(config.warmup_steps, least) if config.num_iterations else 0):
                 tokens = random_tokens(config.train_seq_len + 1)
                 self.train_step([(tokens[:-1], tokens[1:].long())])
             with torch.no_grad():
@@ -1205,26 +1182,42 @@ class Trainer:
         config = dataclasses.asdict(self.config)
         return dict(config=config, step=self.step, total_steps=self.total_steps, model=self.model.state_dict(),
                     optimizers=[opt.state_dict() for opt in self.optimizers],
-                    loader=dict(self.train_loader.position) if self.train_loader else None,
+                    loader=dict(self.train_loader.position) if self.train_loader else None, data=self.data,
+                    best_val_loss=self.best_val_loss,
                     rng=dict(python=random.getstate(), torch=torch.get_rng_state(),
                              cuda=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []))
 
-    def save(self) -> None:
-        if self.run.rank == 0:
-            path = self.run.path / f"state_step{self.step:06d}.pt"
-            write_atomically(path, partial(torch.save, self.state()))
-            self.run.log(f"saved {path}")
+    def save(self, must: bool = False) -> None:
+        """A checkpoint of this step, if it is wanted and not there. A full disk is no reason to stop before the last one."""
+        if not self.config.save_checkpoint or self.saved_step == self.step:
+            return
+        try:
+            if self.run.rank == 0:
+                self.run.save_checkpoint(self.step, self.state())
+            self.saved_step = self.step
+        except Stop as stop:
+            if must:
+                raise
+            due = min(self.step + self.config.checkpoint_every, self.config.num_iterations)
+            self.run.warn(f"{stop}; the run goes on, the next checkpoint is due at step {due}")
 
     def resume(self, state: dict, path: Path) -> None:
         load_weights(self.model, state, path)
-        for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            opt.load_state_dict(saved)
+        try:
+            for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                opt.load_state_dict(saved)
+            random.setstate(state["rng"]["python"])
+            torch.set_rng_state(state["rng"]["torch"])
+            if self.device.type == "cuda" and len(state["rng"]["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise Stop(f"{path}: its optimizer or random states do not fit this run ({' '.join(str(error).split())})") from None
+        self.train_loader.position = dict(state["loader"])
         self.step = state["step"]
-        self.train_loader.position = state["loader"]
-        random.setstate(state["rng"]["python"])
-        torch.set_rng_state(state["rng"]["torch"])
-        if self.device.type == "cuda" and len(state["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        self.best_val_loss = state["best_val_loss"]
+        if path.parent.resolve() == self.run.path.resolve():
+            self.saved_step = self.step
+        self.run.set_aside_after(self.step)
         self.run.drop_metrics_after(self.step)
         self.run.log(f"resumed from {path} at step {self.step}")
 
@@ -1239,28 +1232,38 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-def check_data(config: Config, every_token: bool) -> Haystack | None:
-    """Validate all shards before anything is allocated; returns the haystack if needles are evaluated."""
-    try:
-        if config.num_iterations:
-            loader = TokenLoader(config.train_files, config.batch_tokens, config.vocab_size)
-            loader.check(config.num_iterations, config.epochs, every_token)
-        if config.val_tokens:
-            TokenLoader(config.val_files, config.val_tokens, config.vocab_size).check(1, 1, every_token)
-        if config.needle_eval:
-            paths = shards.find_shards(config.needle_files or config.val_files)
-            haystack = Haystack(paths, config.doc_delimiter)
-            draw_needles(haystack, samples=config.needle_samples_per_distance, seq_len=config.needle_seq_len,
-                         anchor_len=config.needle_anchor_len, value_len=config.needle_value_len, seed=config.seed)
-            return haystack
-    except (ValueError, OSError) as error:
-        raise Stop(str(error)) from None
-    return None
+def check_training_data(config: Config, every_token: bool) -> TokenLoader:
+    loader = TokenLoader(config.train_files, config.batch_tokens, config.vocab_size, config.epochs)
+    loader.check(config.num_iterations, config.epochs, every_token)
+    return loader
+
+
+def check_validation_data(config: Config, every_token: bool) -> TokenLoader:
+    loader = TokenLoader(config.val_files, config.val_tokens, config.vocab_size)
+    loader.check(1, 1, every_token)
+    return loader
+
+
+def check_separate(training: TokenLoader, validation: TokenLoader) -> None:
+    """By content: a copy of a training shard is no validation either."""
+    trained = {digest: path for path, (*_, digest) in zip(training.paths, training.fingerprint(), strict=True)}
+    for path, (*_, digest) in zip(validation.paths, validation.fingerprint(), strict=True):
+        if digest in trained:
+            raise Stop(f"validation shard {path} is training shard {trained[digest]}: TRAIN_FILES and VAL_FILES must not "
+                       f"overlap")
+
+
+def check_haystack(config: Config) -> Haystack:
+    haystack = Haystack(shards.find_shards(config.needle_files or config.val_files), config.doc_delimiter)
+    draw_needles(haystack, samples=config.needle_samples_per_distance, seq_len=config.needle_seq_len,
+                 anchor_len=config.needle_anchor_len, value_len=config.needle_value_len, seed=config.seed)
+    return haystack
 
 
 def log_environment(run: RunDirectory, config: Config, device: torch.device) -> None:
-    run.log(Path(__file__).read_text(), echo=False)
-    run.log("=" * 100, echo=False)
+    if run.copy_source(Path(__file__).resolve()):
+        run.log(Path(__file__).read_text(), echo=False)
+        run.log("=" * 100, echo=False)
     if device.type == "cuda":
         run.log(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout, echo=False)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -1271,12 +1274,12 @@ def log_environment(run: RunDirectory, config: Config, device: torch.device) -> 
 
 
 def train(trainer: Trainer) -> None:
-    """The loop: validate, train, log, save."""
+    """The loop: validate, train, log, save. It ends early, behind a checkpoint, when a signal asks for it."""
     config, run, device = trainer.config, trainer.run, trainer.device
     world_size = world()[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak_flops = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-    step_seconds, mfu = [], None
+    recent_seconds, mfu = deque(maxlen=20), None
     train_seconds = sum(r.get("step_ms", 0) for r in run.read_metrics()) / 1e3  # of the steps before a resumption
     bar = tqdm(total=config.num_iterations, initial=trainer.step, disable=None if run.rank == 0 else True,
                desc=f"arm {config.arm}", unit="step", dynamic_ncols=True)
@@ -1284,23 +1287,31 @@ def train(trainer: Trainer) -> None:
     def validate() -> None:
         if config.val_tokens:
             value = trainer.validate()
+            if trainer.stopping:
+                return
             if not math.isfinite(value):
                 raise Stop(f"step {trainer.step}: validation loss {value} is not finite; the last checkpoint is intact")
+            trainer.best_val_loss = min(trainer.best_val_loss, value)
             run.metrics(step=trainer.step, val_loss=value)
             run.log(f"step {trainer.step}/{trainer.total_steps} val_loss {value:.4f} train_time {train_seconds:.1f} s")
 
+    trainer.compare_ranks()
     while trainer.step < config.num_iterations:
         if config.val_loss_every and trainer.step % config.val_loss_every == 0:
             validate()
+        if trainer.stopping:
+            break
         started = time.perf_counter()
         schedule = trainer.schedule()
+        epoch = trainer.train_loader.position["epoch"]
         batch = trainer.train_loader.next_batch()
         loss, grad_norm = trainer.train_step(local_sequences(batch, config.train_seq_len, device))
         trainer.step += 1
+        PROGRESS.step = trainer.step
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        step_seconds.append(seconds)
+        recent_seconds.append(seconds)
         train_seconds += seconds
 
         tokens_per_s = config.batch_tokens / seconds
@@ -1312,21 +1323,27 @@ def train(trainer: Trainer) -> None:
         bar.update()
         bar.set_postfix(loss=f"{loss:.4f}", tok_s=f"{tokens_per_s:,.0f}", mfu="-" if mfu is None else f"{mfu:.1%}")
         if trainer.step % config.log_every == 0 or trainer.step == config.num_iterations:
-            left = (config.num_iterations - trainer.step) * statistics.median(step_seconds[-20:])
+            left = (config.num_iterations - trainer.step) * statistics.median(recent_seconds)
             run.log(f"step {trainer.step}/{config.num_iterations} loss {loss:.4f} {1e3 * seconds:.1f} ms "
                     f"{tokens_per_s:,.0f} tok/s mfu {'-' if mfu is None else f'{mfu:.1%}'} eta {left:.0f} s", echo=bar.disable)
+        if trainer.train_loader.position["epoch"] > epoch:
+            run.log(f"step {trainer.step}: pass {epoch + 1} over the training shards is complete (EPOCHS={config.epochs})")
         if trainer.telemetry and config.scope_log_every and trainer.step % config.scope_log_every == 0:
             state = dict(radius=schedule.pointer_radius(), global_blocks=schedule.global_blocks,
                          local_blocks=config.spectral_pointer_local_blocks, progress=schedule.progress)
             stats = scope_stats(trainer.telemetry, trainer.telemetry_documents, config.spectral_pointer_local_blocks)
             run.log(json.dumps(dict(tag="SCOPE_STATS", step=trainer.step, schedule=state, **stats)))
-        if config.save_checkpoint and config.checkpoint_every and trainer.step % config.checkpoint_every == 0 \
-                and trainer.step < config.num_iterations:
+        if config.rank_check_every and trainer.step % config.rank_check_every == 0:
+            trainer.compare_ranks()
+        if config.checkpoint_every and trainer.step % config.checkpoint_every == 0 and trainer.step < config.num_iterations:
             trainer.save()
+        if trainer.stopping:
+            break
     bar.close()
-    validate()
-    if config.save_checkpoint and config.num_iterations:
-        trainer.save()
+    if not trainer.stopping:
+        validate()
+    if config.num_iterations:
+        trainer.save(must=True)
 
 
 def summarise(trainer: Trainer, needle: dict | None) -> dict:
@@ -1337,6 +1354,7 @@ def summarise(trainer: Trainer, needle: dict | None) -> dict:
     step_ms = statistics.median(r["step_ms"] for r in steps) if steps else None
     return dict(status="complete", arm=config.arm, run_name=run.path.name, seed=config.seed, steps=trainer.step,
                 train_loss=steps[-1]["train_loss"] if steps else None, val_loss=losses[-1]["val_loss"] if losses else None,
+                best_val_loss=trainer.best_val_loss if losses else None,
                 tokens_per_s=1e3 * config.batch_tokens / step_ms if steps else None, step_ms=step_ms,
                 mfu=statistics.median(r["mfu"] for r in steps) if steps and steps[-1]["mfu"] else None,
                 train_seconds=sum(r["step_ms"] for r in steps) / 1e3, kv_blocks_per_query=mean_listed_blocks(trainer),
@@ -1389,72 +1407,145 @@ class Start(NamedTuple):
     path: Path
     state: dict
     resumed: bool  # continue its run, instead of taking its weights alone
+    warnings: list[str]  # newer checkpoints that are damaged
 
 
 def find_start(config: Config, loaded: dict | None) -> Start | None:
     if loaded is not None:
-        return Start(Path(config.load_checkpoint), loaded, resumed=False)
-    path = None if config.resume == "0" else Path(config.resume)
+        return Start(Path(config.load_checkpoint), loaded, resumed=False, warnings=[])
     if config.resume == "auto":
-        path = newest_checkpoint(Path(config.log_dir) / config.run_name)
-    return path and Start(path, read_checkpoint(path), resumed=True)
+        path, state, warnings = newest_readable(Path(config.log_dir) / config.run_name)
+        return path and Start(path, state, resumed=True, warnings=warnings)
+    return None if config.resume == "0" else Start(Path(config.resume), read_checkpoint(config.resume), True, [])
 
 
-def check_start(config: Config, start: Start | None) -> int:
-    """Stop unless the checkpoint fits model and configuration; returns the number of parameters. Allocates nothing."""
-    if start and start.resumed:
-        differences = differing_settings(start.state["config"], config, RESUME_MUST_MATCH)
-        if differences:
-            raise Stop(f"{start.path} belongs to another configuration: {'; '.join(differences)}")
+def check_start(config: Config, start: Start | None, loader: TokenLoader | None) -> int:
+    """Stop unless the checkpoint fits model, configuration and training shards, and two more have space on the disk; returns
+    the number of parameters. Allocates nothing."""
+    problems = misfits(config, start, loader) if start and start.resumed else []
     with torch.device("meta"):
         model = GPT(config)
+    if config.num_iterations and config.save_checkpoint:
+        size = checkpoint_bytes(model, "cuda" if torch.cuda.is_available() else "cpu")
+        free = free_space(Path(config.log_dir) / config.run_name)
+        if free < 2 * size:
+            problems.append(f"LOG_DIR={config.log_dir}: {free / 2**30:,.2f} GiB are free, two checkpoints take "
+                            f"{2 * size / 2**30:,.2f} GiB: make space, or set SAVE_CHECKPOINT=0")
+    if problems:
+        raise Stop("; ".join(problems))
     if start:
         load_weights(model, start.state, start.path, assign=True)
     return sum(p.numel() for p in model.parameters())
 
 
+def misfits(config: Config, start: Start, loader: TokenLoader | None) -> list[str]:
+    """What forbids this run to go on from the checkpoint."""
+    path, state = start.path, start.state
+    problems = differing_settings(state["config"], config, RESUME_MUST_MATCH)
+    if problems:
+        problems = [f"{path} belongs to another configuration: {'; '.join(problems)}"]
+    if len(state["optimizers"]) != 2:
+        problems.append(f"{path} holds the states of {len(state['optimizers'])} optimizers, this script has 2")
+    if state["data"] is None or state["loader"] is None:
+        problems.append(f"{path} is of an evaluation: set LOAD_CHECKPOINT to take its weights")
+    elif loader:
+        difference = differing_shards(state["data"], loader.fingerprint())
+        if difference and not config.resume_other_data:
+            problems.append(f"{path} was trained on other data: {difference}; correct TRAIN_FILES, or set RESUME_OTHER_DATA=1")
+        elif not loader.has(state["loader"]):
+            problems.append(f"{path}: its place in the data, {state['loader']}, is not in these shards")
+    return problems
+
+
+def finished_run(config: Config) -> dict | None:
+    """The summary of a run that RESUME=auto finds complete; Stop if it was another configuration's."""
+    directory = Path(config.log_dir) / config.run_name
+    try:
+        summary, old = (json.loads((directory / name).read_text()) for name in ("summary.json", "config.json"))
+    except (OSError, ValueError):
+        return None
+    if config.resume != "auto" or summary.get("status") != "complete":
+        return None
+    differences = differing_settings(old, config, RESUME_MUST_MATCH)
+    if differences:
+        raise Stop(f"{directory} holds a complete run of another configuration: {'; '.join(differences)}")
+    return summary
+
+
 def run_experiment(check_only: bool) -> None:
+    """Find everything that is wrong before anything is created, then run."""
+    problems, unread = [], set()
+
+    def check(function, *arguments, reads: str = ""):
+        """Its result; None if it refuses, or reads a variable that has no value."""
+        try:
+            return function(*arguments) if unread.isdisjoint(reads.split()) else None
+        except (Stop, ValueError, OSError) as error:
+            problems.append(str(error))
+
     loaded_path = os.environ.get("LOAD_CHECKPOINT", "")
-    loaded = read_checkpoint(loaded_path) if loaded_path else None
-    config = Config.from_environment(checkpoint=loaded and loaded["config"])
-    check_world(config)
-    if not (config.num_iterations or config.needle_eval or config.val_tokens):
-        raise Stop("NUM_ITERATIONS=0, NEEDLE_EVAL=0 and VAL_TOKENS=0 leave nothing to do")
-    choose_backend(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    haystack = check_data(config, every_token=check_only)
-    start = find_start(config, loaded)
-    parameters = check_start(config, start)
+    loaded = check(read_checkpoint, loaded_path, WEIGHT_KEYS) if loaded_path else None
+    config, found, unread = Config.read(os.environ, loaded and loaded["config"])
+    if loaded_path and not loaded:  # what it would have said of the model is not known
+        unread |= {f.name.upper() for f in dataclasses.fields(Config) if f.metadata["group"] in ("model", "spectral")}
+    problems += found + config.impossible_combinations(unread)
+    training = validation = haystack = None
+    check(check_world, config, reads="BATCH_TOKENS TRAIN_SEQ_LEN NUM_ITERATIONS")
+    check(choose_backend, config, torch.device("cuda" if torch.cuda.is_available() else "cpu"), reads="ATTN_BACKEND")
+    if config.num_iterations:
+        training = check(check_training_data, config, check_only, reads="BATCH_TOKENS VOCAB_SIZE NUM_ITERATIONS EPOCHS")
+    if config.val_tokens:
+        validation = check(check_validation_data, config, check_only, reads="VAL_TOKENS VOCAB_SIZE")
+    if training and validation:
+        check(check_separate, training, validation)
+    if config.needle_eval:
+        haystack = check(check_haystack, config, reads="NEEDLE_SEQ_LEN NEEDLE_DISTANCES NEEDLE_SAMPLES_PER_DISTANCE "
+                                                       "NEEDLE_ANCHOR_LEN NEEDLE_VALUE_LEN DOC_DELIMITER SEED")
+    finished = None if unread else check(finished_run, config)
+    start = None if finished else check(find_start, config, loaded)
+    possible = not (unread or config.impossible_combinations())
+    parameters = check(check_start, config, start, training) if possible else None
+    if problems:
+        raise Stop("; ".join(dict.fromkeys(problems)))
     if check_only:
+        for warning in start.warnings if start else []:
+            print(f"warning: {warning}", file=sys.stderr)
         print(f"configuration, data and shapes are valid: arm {config.arm}, {parameters:,} parameters, "
               f"{config.num_iterations} steps of {config.batch_tokens:,} tokens")
-        return
-    device = set_up_device()  # nothing was created so far, and everything that can be refused has been
-    run = RunDirectory(config)
-    try:
-        execute(config, device, run, start, haystack)
-    except Stop as stop:
-        run.log(f"error: {stop}", echo=False)
-        raise
+    elif finished:
+        if world()[0] == 0:
+            print(f"{Path(config.log_dir) / config.run_name} is complete, nothing is left to do\n{summary_table(finished)}")
+    else:
+        device = set_up_device(config.rank_timeout)  # nothing was created so far, all that can be refused has been
+        with RunDirectory(config) as run:
+            execute(config, device, run, start, haystack)
 
 
 def execute(config: Config, device: torch.device, run: RunDirectory, start: Start | None, haystack: Haystack | None) -> None:
     """Build, load or resume, train, evaluate, summarise."""
     log_environment(run, config, device)
     trainer = Trainer(config, device, run)
+    if trainer.train_loader:
+        run.log(trainer.train_loader.policy(config.num_iterations))
     if start and not start.resumed:
         load_weights(trainer.model, start.state, start.path)
         if not config.num_iterations:  # evaluate with the schedules where the checkpoint left them
             trainer.step, trainer.total_steps = start.state["step"], start.state["total_steps"]
     trainer.warm_up()
     if start and start.resumed:
+        for warning in start.warnings:
+            run.warn(warning)
         trainer.resume(start.state, start.path)
+        start.state.clear()  # it maps the file, whose space a later removal is to free
     elif config.resume == "auto":
         run.log("RESUME=auto: no checkpoint in the run directory, starting at step 0")
         run.drop_metrics_after(-1)
+    PROGRESS.step = trainer.step
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    train(trainer)
+    with SIGNALS.deferred():
+        train(trainer)
     needle = None
     if config.needle_eval:
         needle = trainer.needle_eval(haystack)
@@ -1463,6 +1554,7 @@ def execute(config: Config, device: torch.device, run: RunDirectory, start: Star
         summary = summarise(trainer, needle)
         run.write_json("summary.json", summary)
         run.log(f"summary ({run.path / 'summary.json'})\n{summary_table(summary)}")
+    all_ranks(torch.zeros((), device=device))  # none leaves before all have done their part
 
 
 def main(arguments: list[str]) -> None:
@@ -1470,18 +1562,28 @@ def main(arguments: list[str]) -> None:
         print(variable_table(markdown=True) if "markdown" in arguments[0] else f"{__doc__}\n{variable_table()}")
         return
     if arguments not in ([], ["--check"]):
-        sys.exit(f"error: unknown arguments {' '.join(arguments)}: only --help and --check exist, all else is set by "
-                 f"environment variables")
+        print(f"error: unknown arguments {' '.join(arguments)}: only --help and --check exist, all else is set by environment "
+              f"variables", file=sys.stderr)
+        sys.exit(1)
+    status, line, teller = 0, None, 0
     try:
-        run_experiment(check_only=arguments == ["--check"])
+        with SIGNALS:
+            run_experiment(check_only=arguments == ["--check"])
     except Stop as stop:
-        sys.exit(f"error: {stop}" if world()[0] == 0 else 1)
-    except KeyboardInterrupt:
-        print("interrupted: RESUME=auto with the same RUN_NAME continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        status, line, teller = 1, f"error: {stop}", stop.teller
+    except Preempted as stop:
+        status, line = stop.exit_status, (f"preempted by {stop} at step {PROGRESS.step}: the same command with RESUME=auto "
+                                            f"and its RUN_NAME goes on from the newest checkpoint")
+    if line and world()[0] == teller:
+        print(line, file=sys.stderr)
+    if status and dist.is_initialized():  # without a clean-up of the process group, which could wait for a lost process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
