@@ -851,8 +851,9 @@ def test_every_problem_is_listed_at_once(settings, whole, tmp_path):
                      "ATTN_BACKEND=flex needs a CUDA GPU"):
             assert part in line, part
         assert line.count("; ") == 10  # one of them within the first problem
-    line = refusal(settings | dict(BATCH_TOKENS="many", VAL_FILES="nowhere/*.bin", LOG_DIR=tmp_path / "logs"))
-    assert "BATCH_TOKENS=many" in line and "nowhere" in line and line.count("; ") == 2
+    for name in ("TRAIN_SEQ_LEN", "BATCH_TOKENS"):  # the default in its place would not fit the other
+        line = refusal(settings | {name: "many", "VAL_FILES": "nowhere/*.bin", "LOG_DIR": tmp_path / "logs"})
+        assert f"{name}=many" in line and "nowhere" in line and line.count("; ") == 2  # one of them within the second
     run, again = unfinished(whole.one, tmp_path)
     for _, path in lifecycle.checkpoints(run):
         damage(path, "truncation")
