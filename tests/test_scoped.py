@@ -50,14 +50,7 @@ NEEDLE = dict(NEEDLE_EVAL=1, NEEDLE_SEQ_LEN=512, NEEDLE_DISTANCES="64,300", NEED
 # Harness
 
 
-@pytest.fixture(autouse=True)
-def one_thread_on_cpu(monkeypatch):
-    """Float sums, and so bitwise comparisons with other processes, depend on the number of threads."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_on_cpu")
 
 
 def text(n, seed, longest):
