@@ -27,7 +27,7 @@ demo: $(RUNTIME) $(DEMO_SHARDS)  ## tiny arms A and C on the CPU, with needle ev
 	./run_ablations.sh
 
 test: lint  ## the linters, then the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: $(TOOLS)  ## the linters alone, offline
 	$(BIN)/ruff check .

@@ -194,10 +194,11 @@ class Watch(threading.Thread):
             if self.rank == 0 and time.monotonic() - self.heartbeat > HEARTBEAT_SECONDS:
                 self.heartbeat = time.monotonic()
                 self.run_directory.write_status("running")
-            if self.store is not None:
+            if self.world_size > 1:
                 self.look()
                 if culprits := self.silent_or_failed(self.silence) or self.hung():
                     self.run_directory.report(self.blame(culprits))
+                    self.leave("")
                     os._exit(1)
 
     def look(self) -> None:
@@ -257,11 +258,18 @@ class Watch(threading.Thread):
         self.closing.set()
         if self.is_alive():
             self.join()
+        if why:
+            self.leave(why)
+        elif self.store is not None:
+            with contextlib.suppress(RuntimeError), self.lock:
+                self.publish(ended="")
+
+    def leave(self, ended: str) -> None:
+        """Say so and wait until the others have read it, or they would blame this process: the store goes with its host."""
         if self.store is not None:
             with contextlib.suppress(RuntimeError), self.lock:
-                self.publish(ended=why)
-            if why:
-                time.sleep(2 * POLL_SECONDS)  # until the others have read it
+                self.publish(ended)
+            time.sleep(2 * POLL_SECONDS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
