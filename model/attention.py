@@ -127,9 +127,11 @@ def _reference(q_BHTD, k_BHTD, v_BHTD, lists, documents, scale, bias):
         if bias is not None:
             scores = scores + bias.at(q_index, kv_index)
         blind = ~visible.any(-1, keepdim=True)  # rows that see nothing: a softmax of -inf alone would be NaN
-        scores = scores.masked_fill(~visible, float("-inf")).masked_fill(blind, 0)
-        out.append(scores.softmax(-1).masked_fill(blind, 0) @ v)
-        lse.append(scores.logsumexp(-1).masked_fill(blind[..., 0], float("-inf")))
+        scores = scores.masked_fill(~(visible | blind), float("-inf"))
+        p = scores.softmax(-1)
+        out.append((p @ v).masked_fill(blind, 0))
+        # log sum exp s = s_max - log p_max, without another pass of exponentials
+        lse.append((scores.amax(-1) - p.amax(-1).log()).masked_fill(blind[..., 0], float("-inf")))
     return torch.cat(out, dim=2).view(B, H, T, -1), torch.cat(lse, dim=2).view(B, H, T)
 
 
