@@ -5,8 +5,9 @@
     python bench/attention.py --tokens 1048576 --passes forward --variants triton,dense_cudnn
     python bench/plot_attention.py attention.json                                    # time against length
 
-bf16, B=1, H=8, head dim 128, blocks of 128, random pointers of each head in lists of 36 blocks (16 local + 2 x 9 + 2 global),
-document mask on, bias of K=6 bands and slope. Peers run at the same width and key budget, as their rows note.
+bf16, B=1, H=8, head dim 128, blocks of 128, random pointers of each head in lists of 36 blocks (16 local + 2 x 9 + 2 global;
+all of them different wherever the past holds as many), document mask on, bias of K=6 bands and slope. Peers run at the same
+width and key budget, as their rows note.
 
 ms       the attention operator alone: lists and bias coefficients are given, their gradients are included
 all      predicting the bias, building the lists, and attention: what a layer adds to its projections
@@ -114,7 +115,7 @@ class Inputs(NamedTuple):
     k_BTHD: Tensor
     v_BTHD: Tensor
     grad_BTHD: Tensor
-    delta_BHTM: Tensor  # tokens, uniform over each query's past
+    delta_BHTM: Tensor  # tokens
     coefficients: tuple[Tensor, ...]  # of the bias, or ()
     documents: Documents
     lists: tuple | Tensor  # prepared BlockLists, or what a peer has instead
@@ -167,6 +168,19 @@ class Setting:
         opens[0] = True
         return Documents.of(opens.int(), 1)
 
+    def pointers(self, documents: Documents, heads: int, generator: torch.Generator) -> Tensor:
+        """Offsets [B, heads, T, M], the same block for all tokens of a block: at random places whose windows touch neither
+        each other nor the local band nor the anchors, so that lists are full wherever the document's past has room."""
+        T, device = self.tokens, self.device
+        own, span = torch.arange(T // BLOCK, device=device)[:, None], 2 * LISTS.half_blocks + 1
+        lowest = documents.start_block_N.long()[:, None] + LISTS.global_blocks
+        room = own - LISTS.local_blocks + 1 - lowest - POINTERS * span  # blocks left over by the windows
+        random = torch.rand(B, heads, T // BLOCK, POINTERS, device=device, generator=generator).sort(-1).values
+        apart = lowest + (random * (room + 1)).floor().long() + torch.arange(POINTERS, device=device) * span + LISTS.half_blocks
+        centre = torch.where(room >= 0, apart, (random * (own + 1)).long())
+        position = torch.arange(T, device=device)[:, None]
+        return (position - centre.repeat_interleave(BLOCK, 2) * BLOCK - BLOCK // 2).float()
+
     def input_sets(self, heads: int = H, kv_heads: int = H, head_dim: int = D, with_bias: bool = False, lists=None) -> list:
         """As many as it takes to leave the cache between two uses of one."""
         T, device = self.tokens, self.device
@@ -179,9 +193,8 @@ class Setting:
                 return torch.randn(B, T, num_heads, head_dim, device=device, dtype=torch.bfloat16, generator=generator)
 
             q, k, v = (normal(n).requires_grad_(self.backward) for n in (heads, kv_heads, kv_heads))
-            past = torch.arange(T, device=device)[:, None]
-            delta = torch.rand(B, heads, T, POINTERS, device=device, generator=generator) * past
             documents, coefficients = self.documents(generator), ()
+            delta = self.pointers(documents, heads, generator)
             if with_bias:
                 with torch.no_grad():
                     predicted, _ = self.bias.spectral(q, self.bias.tables())

@@ -96,11 +96,15 @@ def test_a_cell_returns_outputs_or_every_gradient(layout, uncompiled):
             torch.testing.assert_close(alone, everything, rtol=2e-2, atol=2e-2)  # the bias is predicted anew
 
 
-def test_pointers_lie_in_the_past_and_differ_by_head():
-    x = make_setting(2048).input_sets()[0]
-    position = torch.arange(2048)[:, None]
-    assert ((x.delta_BHTM >= 0) & (x.delta_BHTM <= position)).all() and not x.delta_BHTM[0, 0].equal(x.delta_BHTM[0, 1])
+def test_lists_are_full_where_the_past_has_room():
+    T = 64 * attention.BLOCK
+    x = make_setting(T).input_sets()[0]
     assert x.documents.id_T[999] + 1 == x.documents.id_T[1000] == x.documents.id_T[-1]
+    assert not x.delta_BHTM[0, 0].equal(x.delta_BHTM[0, 1])
+    state = attention.PointerState(*(torch.tensor(n, dtype=torch.int32) for n in attention.LISTS))
+    num_BHN = attention.pointer_lists(x.delta_BHTM, x.documents, state, attention.LISTS).num_BHN
+    blocks_of_past = torch.arange(64) - x.documents.start_block_N + 1
+    assert (num_BHN[..., blocks_of_past >= attention.SLOTS] == attention.SLOTS).all() and (num_BHN <= blocks_of_past).all()
 
 
 def test_small_inputs_take_turns():

@@ -1,4 +1,5 @@
-"""The triton backend against the oracle: on the CPU under Triton's interpreter in float32, on a GPU in bf16."""
+"""The triton backend against the oracle: on the CPU under Triton's interpreter in float32, on a GPU in bf16; there the flex
+backend too, on the same cases."""
 
 import dataclasses
 
@@ -10,7 +11,7 @@ import scoped_medium as S
 from model import attention_triton
 from model.attention import BLOCK, BlockLists, Documents, pack_seen, pointer_attention, prepare, unpack_seen
 from model.attention_triton import split_lists, union_lists
-from model.attn_bias import block_lists
+from model.attn_bias import augment, block_lists
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -44,8 +45,18 @@ def run(backend, device, dtype, raw, lists, tokens, module, tables, upstream):
         module, tables = module.to(device, wide), tables.to(device, wide)
         parameters = list(module.parameters())
         bias, _ = module(leaves[0].transpose(1, 2).to(wide), tables())
-    out, lse = pointer_attention(*leaves, lists, Documents.of(tokens.to(device), DELIMITER), scale=SCALE, backend=backend,
-                                 bias=bias)
+    documents = Documents.of(tokens.to(device), DELIMITER)
+
+    def attend(q, k, v, bias):
+        if backend == "flex" and bias is not None:  # as a score_mod it is for the desperate: test_attention.py
+            q, k = (x.transpose(1, 2) for x in augment(q.transpose(1, 2), k.transpose(1, 2), bias, SCALE, "append"))
+            bias = None
+        return pointer_attention(q, k, v, lists, documents, scale=SCALE, backend=backend, bias=bias)
+
+    if backend == "flex":
+        torch.compiler.reset()  # or the recompile limit would make FlexAttention eager and dense
+        attend = torch.compile(attend, dynamic=False, fullgraph=True)
+    out, lse = attend(*leaves, bias)
     assert (lse.isinf() == (out == 0).all(-1)).all()  # only tokens that see nothing
     finite = torch.where(lse.isinf(), 0, lse)
     objective = (out * upstream[0].to(out)).sum() + (finite * upstream[1].to(lse)).sum()
@@ -67,20 +78,21 @@ CASES = {  # T, heads, head dim, widest list, kind of lists, batch, spectral bia
 }
 
 
+@pytest.mark.parametrize("backend", ["triton", pytest.param("flex", marks=pytest.mark.skipif(not CUDA, reason="no CUDA"))])
 @pytest.mark.parametrize("name", CASES)
-def test_triton_equals_the_oracle(name):
+def test_equals_the_oracle(name, backend):
     T, H, D, W, kind, B, biased = CASES[name]
     generator = torch.Generator().manual_seed(T + W)
     tokens, lists = random_tokens(T, T, document_length=200), some_lists(kind, T // BLOCK, H, W, seed=T)
     raw = [torch.randn(B, H, T, D, generator=generator).to(DTYPE) for _ in range(3)]
     upstream = torch.randn(B, H, T, D, generator=generator).to(DTYPE), torch.randn(B, H, T, generator=generator)
     case = spectral_case(T, H, D, seed=3) if biased else (None, None)
-    first = run("triton", DEVICE, DTYPE, raw, lists, tokens, *case, upstream)
-    again = run("triton", DEVICE, DTYPE, raw, lists, tokens, *case, upstream)
+    first = run(backend, DEVICE, DTYPE, raw, lists, tokens, *case, upstream)
+    again = run(backend, DEVICE, DTYPE, raw, lists, tokens, *case, upstream)
     exact = run("reference", "cpu", torch.float64, raw, lists, tokens, *case, upstream)
     assert all(torch.equal(first[key], again[key]) for key in first)  # deterministic, the backward too
     errors = {key: relative_error(first[key], exact[key]) for key in exact if exact[key].norm() > 1e-9}
-    print(name, " ".join(f"{key} {error:.1e}" for key, error in errors.items()))
+    print(backend, name, " ".join(f"{key} {error:.1e}" for key, error in errors.items()))
     # Through the bias, its parameters and q see dS in sums that nearly cancel: bf16 costs them more (RESULTS.md).
     loose = {key for key in errors if key.startswith("bias") or (biased and key == "q")}
     assert all(error < (5 * TOLERANCE if key in loose else TOLERANCE) for key, error in errors.items()), errors
