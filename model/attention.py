@@ -42,6 +42,7 @@ class BlockLists(NamedTuple):
     idx_BHNW: Tensor  # int32; slots past `num` hold some valid id
     seen_BHTw: Tensor | None = None  # int32 words, bit w % 32 of word w // 32: the token sees slot w; None: all see all
     prepared: tuple[Tensor, ...] = ()  # what a backend works out of them, where several layers share it: `prepare`
+    readers: int | None = None  # a bound on the query blocks that list one key block, where one is known
 
 
 def pack_seen(seen_BHTW: Tensor) -> Tensor:
@@ -195,16 +196,15 @@ def transpose_lists(num_BHN: Tensor, idx_BHNW: Tensor, q_width: int) -> list[Ten
 
 
 def _prepare_flex(lists: BlockLists, documents: Documents, needs_grad: bool) -> BlockLists:
-    """Lists shared by all heads are sliding windows, whose transpose is as narrow as they are; a hub block of per-head
-    lists can be read by every query block, so there the transpose has N slots. Visibility by token needs the slot of a
-    key block, another [N, N] table."""
+    """A sliding window's transpose is as narrow as it is (`readers`); a hub block of other lists can be read by every query
+    block, so there the transpose has N slots. Visibility by token needs the slot of a key block, another [N, N] table."""
     N, W = lists.idx_BHNW.shape[2:]
-    shared, seen = lists.idx_BHNW.size(1) == 1, lists.seen_BHTw is not None
-    if N > MAX_TABLE_BLOCKS and (seen or (needs_grad and not shared)):
-        raise ValueError(f"FlexAttention's {'visibility by token' if seen else 'backward over per-head lists'} is limited to "
+    seen, readers = lists.seen_BHTw is not None, lists.readers or N
+    if N > MAX_TABLE_BLOCKS and (seen or (needs_grad and readers == N)):
+        raise ValueError(f"FlexAttention's {'visibility by token' if seen else 'backward over pointer lists'} is limited to "
                          f"{MAX_TABLE_BLOCKS * BLOCK} tokens (it needs a [{N}, {N}] table): shorten the sequence or take "
                          f"ATTN_BACKEND=triton")
-    q_width = 0 if not needs_grad else W if shared else N
+    q_width = min(readers, N) if needs_grad else 0
     parts = flex_lists(lists.num_BHN, lists.idx_BHNW, documents.id_T, q_width, seen)
     if seen:
         parts = [*parts, unpack_seen(lists.seen_BHTw, W).to(torch.int8)]

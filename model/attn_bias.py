@@ -308,7 +308,8 @@ def window_lists(documents: Documents, window: Tensor, width: int) -> BlockLists
     """A sliding window of `window` (int32 scalar, at least 1 is used) blocks of at most `width`, shared by all heads."""
     no_pointers = documents.start_block_N.new_empty(1, 1, len(documents.start_block_N), 0, dtype=torch.float32)
     nothing = torch.zeros_like(window)
-    return BlockLists(*block_lists(no_pointers, documents.start_block_N, window.clamp(min=1), nothing, nothing, width, 0, 0))
+    lists = block_lists(no_pointers, documents.start_block_N, window.clamp(min=1), nothing, nothing, width, 0, 0)
+    return BlockLists(*lists, readers=width)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from model.attention import BLOCK, BlockLists, Documents, flex_lists, pack_seen, pointer_attention, transpose_lists
+from model.attention import (
+    BLOCK,
+    BlockLists,
+    Documents,
+    flex_lists,
+    pack_seen,
+    pointer_attention,
+    prepare,
+    transpose_lists,
+)
 from model.attn_bias import (
     BiasCoefficients,
     ListShape,
@@ -243,6 +252,21 @@ def test_transpose_with_a_hub():
     num[0, 0, 0] = 1
     q_num, q_idx = transpose_lists(num, idx, q_width=N)
     assert q_num[0, 0].tolist() == [N] + [1] * (N - 1) and q_idx[0, 0, 0].tolist() == list(range(N))
+
+
+def test_flex_transposes_of_shared_lists_hold_every_reader():
+    """Lists that all heads share need not be a sliding window: block 0 is read by all, however narrow the lists are."""
+    N = 12
+    own = torch.arange(N, dtype=torch.int32).expand(1, 1, N)
+    shared = BlockLists((2 - (own == 0).int()).contiguous(), torch.stack([own, torch.zeros_like(own)], -1).contiguous())
+    documents = Documents.of(torch.zeros(N * BLOCK, dtype=torch.long), DELIMITER)
+    window = window_lists(documents, torch.tensor(3, dtype=torch.int32), 4)
+    for lists, width in ((shared, N), (window, 4)):
+        parts = prepare(lists, documents, backend="flex", needs_grad=True).prepared
+        pairs = {(q, k) for q in range(N) for k in lists.idx_BHNW[0, 0, q, : lists.num_BHN[0, 0, q]].tolist()}
+        found = {(q, k) for num, idx in (parts[4:6], parts[6:8]) for k in range(N)
+                 for q in idx[0, 0, k, : num[0, 0, k]].tolist()}
+        assert found == pairs and parts[5].size(-1) == width
 
 
 def test_full_blocks_need_no_mask():
