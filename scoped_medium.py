@@ -84,6 +84,7 @@ from model.attn_bias import (
     scope_stats,
     window_lists,
 )
+from model.content import LOSSES, ContentPointers, ContentShape, ContentTelemetry
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: every variable is declared once, here. Help, README table, validation and config.json come from it.
@@ -122,6 +123,8 @@ class Config:
     spectral_bias: bool = _spectral(False, "spectral bias on attention logits (0: arm A)")
     spectral_use_pointer_mask: bool = _spectral(False, "pointer lists in the spectral layers (arm C) instead of the "
                                                        "sliding window (arm B)")
+    spectral_pointer_source: str = _spectral("offset", "what points: offsets predicted from the query, or a search of the past "
+                                                       "by content", choices=("offset", "content"))
     spectral_layers: str = _spectral("long", "layers with bias and pointers: long (the long-window layers), all, or ids "
                                              "like 0,4,11")
     spectral_impl: str = _spectral("qk_aug", "bias as extra q.k dimensions, or as a FlexAttention score_mod (very slow)",
@@ -153,6 +156,14 @@ class Config:
     spectral_pointer_schedule: bool = _spectral(False, "pointers off, then half radius, then full radius (0: always full)")
     spectral_pointer_mid_frac: float = _spectral(0.1, "share of the steps after which the pointers start", low=0, high=1)
     spectral_pointer_full_frac: float = _spectral(0.3, "share of the steps after which their radius is full", low=0, high=1)
+
+    spectral_pointer_heads: int = _spectral(2, "content: heads of a layer that search and read far blocks", low=1)
+    spectral_pointer_far_blocks: int = _spectral(16, "content: far blocks that a query block reads at most", low=1, high=32)
+    spectral_pointer_floor: float = _spectral(-4.0, "content: log-odds of a block below which it is not read")
+    spectral_pointer_asking: int = _spectral(32, "content: tokens of a block that search, at most", low=16, high=BLOCK)
+    spectral_pointer_published: int = _spectral(32, "content: tokens of a block that can be found", low=16, high=BLOCK)
+    spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
+    spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and saliency", low=0)
 
     val_files: str = _validation("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
     val_seq_len: int = _validation(65536, "tokens in one validation sequence", low=BLOCK)
@@ -266,11 +277,12 @@ class Config:
         if self.needle_eval:
             problems += check_needle_shape(self.needle_seq_len, self.needle_distances, self.needle_anchor_len,
                                            self.needle_value_len)
-        problems += self.impossible_spectral() if self.spectral_bias else self.spectral_without_bias()
+        problems += self.impossible_spectral() if self.spectral_bias or self.content_pointers else self.spectral_without_bias()
         return [text for text in problems if unread.isdisjoint(re.findall(r"\w+", text))]
 
     def spectral_without_bias(self) -> list[str]:
-        return [f"{name.upper()}=1 needs SPECTRAL_BIAS=1" for name in ("spectral_use_pointer_mask",) if getattr(self, name)]
+        return (["SPECTRAL_USE_POINTER_MASK=1 needs SPECTRAL_BIAS=1, which predicts the offsets, or "
+                 "SPECTRAL_POINTER_SOURCE=content"] if self.spectral_use_pointer_mask else [])
 
     def impossible_spectral(self) -> list[str]:
         problems = []
@@ -286,6 +298,7 @@ class Config:
             problems.append(f"fold needs 2 x SPECTRAL_BANDS + 4 = {shape.num_features} of the HEAD_DIM / 2 = "
                             f"{self.head_dim // 2} dimensions that do not rotate: take fewer bands or "
                             f"SPECTRAL_QK_LAYOUT=append")
+        problems += self.impossible_content() if self.content_pointers else []
         if self.spectral_pointer_mid_frac > self.spectral_pointer_full_frac:
             problems.append(f"SPECTRAL_POINTER_MID_FRAC={self.spectral_pointer_mid_frac} comes after "
                             f"SPECTRAL_POINTER_FULL_FRAC={self.spectral_pointer_full_frac}")
@@ -303,8 +316,37 @@ class Config:
                                 f"{self.num_layers} layers" if bad else "SPECTRAL_LAYERS is empty")
         return problems
 
+    def impossible_content(self) -> list[str]:
+        problems = [f"{name.upper()}={getattr(self, name)} is not a power of two" for name in (
+            "spectral_pointer_far_blocks", "spectral_pointer_asking", "spectral_pointer_published", "spectral_landmark_dim")
+            if getattr(self, name).bit_count() != 1]
+        if self.spectral_pointer_heads > self.num_heads:
+            problems.append(f"SPECTRAL_POINTER_HEADS={self.spectral_pointer_heads} exceeds NUM_HEADS={self.num_heads}")
+        if self.spectral_landmark_dim + self.folded_features > self.head_dim // 2:
+            problems.append(f"SPECTRAL_LANDMARK_DIM={self.spectral_landmark_dim} and the bias's {self.folded_features} "
+                            f"features exceed the HEAD_DIM / 2 = {self.head_dim // 2} dimensions that do not rotate")
+        if self.spectral_bias and self.spectral_impl == "score_mod":
+            problems.append("SPECTRAL_IMPL=score_mod does not go with SPECTRAL_POINTER_SOURCE=content: take qk_aug")
+        return problems
+
+    @property
+    def content_pointers(self) -> bool:
+        return self.spectral_use_pointer_mask and self.spectral_pointer_source == "content"
+
+    @property
+    def folded_features(self) -> int:
+        """Dimensions of a head that the bias's features take."""
+        folds = self.spectral_bias and self.spectral_impl == "qk_aug" and self.spectral_qk_layout == "fold"
+        return self.spectral_shape().num_features if folds else 0
+
+    def content_shape(self) -> ContentShape:
+        return ContentShape(self.spectral_pointer_heads, self.head_dim, self.spectral_landmark_dim,
+                            self.spectral_pointer_asking, self.spectral_pointer_published, self.spectral_pointer_far_blocks,
+                            self.spectral_pointer_floor)
+
     def spectral_layer_ids(self) -> set[int]:
-        if not self.spectral_bias:
+        """Layers with the bias, the pointers, or both."""
+        if not (self.spectral_bias or self.content_pointers):
             return set()
         if self.spectral_layers in ("long", "all"):
             return attention_layers(self.num_layers) & (long_window_layers(self.num_layers) if self.spectral_layers == "long"
@@ -331,7 +373,7 @@ class Config:
 
     @property
     def arm(self) -> str:
-        return "A" if not self.spectral_bias else "C" if self.spectral_use_pointer_mask else "B"
+        return "C" if self.spectral_use_pointer_mask else "B" if self.spectral_bias else "A"
 
     @property
     def max_seq_len(self) -> int:
@@ -489,6 +531,7 @@ class Context(NamedTuple):
     documents: Documents
     windows: tuple  # (short, long) BlockLists of the sliding windows
     pointers: PointerState
+    sample: Tensor  # int32 scalar, which rows of the past the landmarks are taught with
 
 
 class Attention(nn.Module):
@@ -499,33 +542,58 @@ class Attention(nn.Module):
         self.qkv_w = uniform_weight(3, width, config.model_dim)
         self.out_w = nn.Parameter(torch.zeros(config.model_dim, width))
         self.lambdas = nn.Parameter(torch.tensor([0.5, 0.5]))
-        self.spectral: SpectralBias | None = None  # set by GPT after the baseline's parameters have drawn their weights
+        self.spectral: SpectralBias | None = None  # these two are set by GPT after the baseline's parameters have drawn
+        self.content: ContentPointers | None = None
         self.backend = "reference"
 
     def forward(self, x: Tensor, ve: Tensor | None, rotary: Rotary, tables, context: Context, long_window: bool):
-        """Returns the layer's output [B, T, C] and its LayerTelemetry (None without spectral bias)."""
+        """Returns the layer's output [B, T, C] and its LayerTelemetry (None without bias and pointers)."""
         B, T, _ = x.shape
-        config = self.config
+        config, documents = self.config, context.documents
         qkv = F.linear(x, self.qkv_w.flatten(end_dim=1).type_as(x)).view(B, T, 3, config.num_heads, config.head_dim)
         q, k, v = qkv.unbind(2)
+        if self.content is not None:
+            q, k = self.content.blend(q, k, documents)
         q, k = norm(q), norm(k)
-        lists, bias, telemetry = context.windows[int(long_window)], None, None
+        lists, bias, prediction, pointing = context.windows[int(long_window)], None, None, None
         if self.spectral is not None:
             bias, prediction = self.spectral(q, tables)
-            if config.spectral_use_pointer_mask:
-                lists = pointer_lists(prediction.delta_BHTM, context.documents, context.pointers, config.list_shape)
-            telemetry = LayerTelemetry(prediction.delta_BHTM.detach(), lists.num_BHN, prediction.pi_entropy.detach(),
-                                       prediction.penalties)
-        q, k = rotary(q), rotary(k)
+        if self.content is not None:
+            q, k, lists, pointing = self.point(q, k, rotary, context)
+        else:
+            if config.spectral_use_pointer_mask and prediction is not None:
+                lists = pointer_lists(prediction.delta_BHTM, documents, context.pointers, config.list_shape)
+            q, k = rotary(q), rotary(k)
+        telemetry = None
+        if bias is not None or pointing is not None:
+            telemetry = LayerTelemetry(lists.num_BHN, prediction and prediction.detached(), pointing)
         narrow_dot = self.backend == "triton" and config.spectral_qk_layout == "append"  # the kernels add the bias themselves
         if bias is not None and config.spectral_impl == "qk_aug" and not narrow_dot:
             q, k = augment(q, k, bias, ATTENTION_SCALE, config.spectral_qk_layout)
             bias = None
         lambdas = self.lambdas.type_as(x)
         v = lambdas[0] * v if ve is None else lambdas[0] * v + lambdas[1] * ve.view_as(v)
-        y, _ = pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), lists, context.documents, scale=ATTENTION_SCALE,
+        y, _ = pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), lists, documents, scale=ATTENTION_SCALE,
                                  backend=self.backend, bias=bias)
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), self.out_w.type_as(x)), telemetry
+
+    def point(self, q: Tensor, k: Tensor, rotary: Rotary, context: Context):
+        """Search by content: (rotated q and k with the landmarks folded in, lists, ContentTelemetry)."""
+        config, content = self.config, self.content
+        marks = content(q, k)
+        lists, claims, log_odds = content.lists(marks, context.documents, context.pointers, config.list_shape, config.num_heads)
+        plain_q, plain_k, q, k = q, k, rotary(q), rotary(k)
+
+        def content_logits(rows_S):
+            P = content.shape.heads
+            rows = content.fold(q[:, rows_S], None, config.folded_features)[:, :, :P]
+            return ATTENTION_SCALE * torch.einsum("bspd,btpd->pst", rows, k[:, :, :P]).float()
+
+        losses = (content.losses(marks, plain_q, plain_k, content_logits, context.documents, context.sample)
+                  if self.training else torch.zeros(len(LOSSES), device=q.device))
+        q = content.fold(q, marks.p_BTPr / ATTENTION_SCALE, config.folded_features)
+        k = content.fold(k, marks.l_BTPr, config.folded_features)
+        return q, k, lists, ContentTelemetry(claims, log_odds, losses)
 
 
 class MLP(nn.Module):
@@ -588,14 +656,22 @@ class GPT(nn.Module):
         self.head_w = nn.Parameter(torch.zeros(128 * math.ceil(config.vocab_size / 128), config.model_dim))
         self.rotary = Rotary(config.head_dim, config.max_seq_len)
         self.position_tables = None
-        if config.spectral_bias:  # after all else and from its own generator: the arms share every other weight
-            generator = torch.Generator().manual_seed(config.seed)
+        generator = torch.Generator().manual_seed(config.seed)  # after all else: the arms share every other weight
+        if config.content_pointers:
+            for layer in sorted(config.spectral_layer_ids()):
+                self.blocks[layer].attn.content = ContentPointers(config.content_shape(), generator)
+        if config.spectral_bias:
             self.position_tables = PositionTables(config.spectral_shape(), config.max_seq_len)
             for layer in sorted(config.spectral_layer_ids()):
                 self.blocks[layer].attn.spectral = SpectralBias(config.spectral_shape(), generator)
             weights = (config.spectral_reg_high, config.spectral_reg_mean, config.spectral_reg_entropy,
                        config.spectral_reg_edge)
             self.register_buffer("penalty_weights", torch.tensor(weights), persistent=False)
+
+    def pointer_parameters(self) -> list[nn.Parameter]:
+        """Those of the bias and of the content pointers."""
+        return [p for module in self.modules() if isinstance(module, SpectralBias | ContentPointers)
+                for p in module.parameters()]
 
     def use_backend(self, backend: str) -> None:
         for block in self.blocks:
@@ -636,9 +712,11 @@ class GPT(nn.Module):
         x_TC, telemetry = self.hidden(tokens_T, context)
         loss = self.cross_entropy(x_TC, targets_T)
         objective = loss
-        if telemetry:
-            penalties = torch.stack([layer.penalties for layer in telemetry]).mean(0)
-            objective = loss + (penalties * self.penalty_weights).sum()
+        if telemetry and self.config.spectral_bias:
+            penalties = torch.stack([layer.prediction.penalties for layer in telemetry]).mean(0)
+            objective = objective + (penalties * self.penalty_weights).sum()
+        if telemetry and self.config.content_pointers:
+            objective = objective + self.config.spectral_reg_landmark * sum(layer.pointing.losses.sum() for layer in telemetry)
         return Output(objective, loss, telemetry)
 
     def score_end(self, tokens_T: Tensor, context: Context, last: int) -> tuple[Tensor, Tensor]:
@@ -723,8 +801,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
-    spectral = [p for block in model.blocks if block.attn is not None and block.attn.spectral is not None
-                for p in block.attn.spectral.parameters()]
+    spectral = model.pointer_parameters()
     ours = {id(p) for p in spectral}
     matrices = [p for p in model.blocks.parameters() if p.ndim >= 2 and id(p) not in ours]
     embeddings = [table.weight for table in (model.embed, *model.value_embeds)]
@@ -789,20 +866,26 @@ class Schedule(NamedTuple):
         """All that varies enters the compiled model as tensors of fixed shape, so that no schedule ever recompiles."""
         c = self.config
         values = torch.tensor([max(1, self.long_window // 2), self.long_window, c.spectral_pointer_local_blocks,
-                               self.pointer_radius(training), self.global_blocks], dtype=torch.int32)
+                               self.pointer_radius(training), self.global_blocks, self.sampled_phase(len(tokens_T))],
+                              dtype=torch.int32)
         values = values.to(tokens_T.device, non_blocking=True).unbind()
         documents = Documents.of(tokens_T, c.doc_delimiter)
         width = math.ceil(LONG_WINDOW_BLOCKS)
         windows = [window_lists(documents, values[0], width // 2), window_lists(documents, values[1], width)]
         windows = [prepare(lists, documents, backend=backend, needs_grad=training) for lists in windows]
-        return Context(documents, tuple(windows), PointerState(*values[2:]))
+        return Context(documents, tuple(windows), PointerState(*values[2:5]), values[5])
+
+    def sampled_phase(self, length: int) -> int:
+        """Where in its stride of tokens each sampled row of this step lies (a multiplicative hash of the step)."""
+        return self.step * 2654435761 % 2**32 * (length // ContentShape().rows) >> 32
 
     def listed_blocks(self, layer: int) -> int:
         """Upper bound of the key blocks that a query block of this layer reads now."""
         c = self.config
         if layer in c.spectral_layer_ids() and c.spectral_use_pointer_mask:
-            return (c.spectral_pointer_local_blocks + c.spectral_pointers * max(0, 2 * self.pointer_radius() + 1)
-                    + self.global_blocks)
+            far = (c.spectral_pointers * max(0, 2 * self.pointer_radius() + 1) if not c.content_pointers
+                   else c.spectral_pointer_far_blocks * c.spectral_pointer_heads // c.num_heads)
+            return c.spectral_pointer_local_blocks + far + self.global_blocks
         return self.long_window if layer in long_window_layers(c.num_layers) else max(1, self.long_window // 2)
 
 
@@ -917,7 +1000,7 @@ def differing_shards(old: list, new: list) -> str | None:
 def checkpoint_bytes(model: nn.Module, device_type: str) -> int:
     """Size of a checkpoint: the weights, Muon's momentum of the blocks' matrices, Adam's two moments of all else."""
     embeddings = {id(table.weight) for table in (model.embed, *model.value_embeds)}
-    spectral = {id(p) for module in model.modules() if isinstance(module, SpectralBias) for p in module.parameters()}
+    spectral = {id(p) for p in model.pointer_parameters()}
     matrices = {id(p) for p in model.blocks.parameters() if p.ndim >= 2} - spectral
     return sum(p.numel() * (2 if device_type == "cuda" and id(p) in embeddings else 4) * (2 if id(p) in matrices else 3)
                for p in model.parameters())

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import BLOCK, BlockLists, Documents
+from model.content import ContentTelemetry, content_stats
 
 RADIX = 128  # base in which positions are split: digits up to 128 are exact in bf16 (8 significant bits)
 MAX_POSITION = RADIX**3  # three digits: 2,097,152 tokens
@@ -133,6 +134,10 @@ class Prediction(NamedTuple):
     delta_BHTM: Tensor  # predicted offsets in tokens, fractional
     pi_entropy: Tensor  # mean over queries, nats
     penalties: Tensor  # [4], mean over queries, in the order of REGULARISERS
+
+    def detached(self) -> "Prediction":
+        """For the telemetry; the penalties stay in the graph, they are part of what is minimised."""
+        return self._replace(delta_BHTM=self.delta_BHTM.detach(), pi_entropy=self.pi_entropy.detach())
 
 
 class SpectralBias(nn.Module):
@@ -320,12 +325,11 @@ CENTRE_EDGES = [i / 16 for i in range(17)]  # pointer centre as a fraction of th
 
 
 class LayerTelemetry(NamedTuple):
-    """Detached device tensors that a forward leaves behind; reading them is left to the logging steps."""
+    """Device tensors that a forward leaves behind; reading them is left to the logging steps."""
 
-    delta_BHTM: Tensor
     num_BHN: Tensor
-    pi_entropy: Tensor
-    penalties: Tensor
+    prediction: Prediction | None  # of the spectral bias
+    pointing: ContentTelemetry | None  # of the content pointers
 
 
 def scope_bins() -> dict:
@@ -341,26 +345,35 @@ def histogram(x: Tensor, edges: list) -> list[float]:
 
 def scope_stats(layers: list[LayerTelemetry], documents: Documents, local_blocks: int) -> dict:
     """SCOPE_STATS over the spectral layers of one forward; reads the device, so call it on logging steps only."""
-    delta = torch.stack([layer.delta_BHTM for layer in layers]).float()  # [L, B, H, T, M]
-    num = torch.stack([layer.num_BHN.expand_as(layers[0].num_BHN) for layer in layers]).float()
+    num = torch.stack([layer.num_BHN.float().mean(1) for layer in layers])  # over the heads
+    stats = dict(kv_unique_blocks=dict(mean=num.mean().item()) | quantiles(torch.stack(
+                     [layer.num_BHN.expand_as(max((x.num_BHN for x in layers), key=Tensor.numel)) for layer in layers])),
+                 kv_unique_blocks_by_layer=num.flatten(1).mean(1).tolist())
+    if layers[0].prediction is not None:
+        stats |= offset_stats([layer.prediction for layer in layers], documents, local_blocks)
+    if layers[0].pointing is not None:
+        stats |= content_stats([layer.pointing for layer in layers])
+    return stats
+
+
+def quantiles(x: Tensor) -> dict:
+    x = x.flatten().float().sort().values
+    return {name: x[min(int(p * len(x)), len(x) - 1)].item() for name, p in (("p50", 0.5), ("p90", 0.9), ("max", 1))}
+
+
+def offset_stats(predictions: list[Prediction], documents: Documents, local_blocks: int) -> dict:
+    delta = torch.stack([p.delta_BHTM for p in predictions]).float()  # [L, B, H, T, M]
     T = delta.size(3)
     position = torch.arange(T, device=delta.device)
     block, first = position // BLOCK, documents.start_block_N.repeat_interleave(BLOCK)
     centre = (position[:, None] - delta).clamp(min=0)
     centre_block = (centre / BLOCK).long()
-    quantiles = num.flatten().sort().values
-
-    def quantile(p: float) -> float:
-        return quantiles[min(int(p * len(quantiles)), len(quantiles) - 1)].item()
-
-    penalties = torch.stack([layer.penalties for layer in layers]).mean(0).tolist()
+    penalties = torch.stack([p.penalties for p in predictions]).mean(0).tolist()
     return dict(
-        kv_unique_blocks=dict(mean=num.mean().item(), p50=quantile(0.5), p90=quantile(0.9), max=quantiles[-1].item()),
-        kv_unique_blocks_by_layer=num.flatten(1).mean(1).tolist(),
         delta_histogram=histogram(delta, DELTA_EDGES), delta_mean=delta.mean().item(),
         centre_histogram=histogram(centre / (position[:, None] + 1), CENTRE_EDGES),
         outside_local=(centre_block <= block[:, None] - local_blocks).float().mean().item(),
         at_block_zero=(centre_block == 0).float().mean().item(),
         at_document_start=(centre_block <= first[:, None]).float().mean().item(),
-        pi_entropy=torch.stack([layer.pi_entropy for layer in layers]).mean().item(),
+        pi_entropy=torch.stack([p.pi_entropy for p in predictions]).mean().item(),
         penalties=dict(zip(REGULARISERS, penalties, strict=True)))

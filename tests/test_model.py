@@ -18,7 +18,7 @@ import scoped_medium as S
 from data.shards import write_shard
 from model import attention, attn_bias
 from model.attention import BLOCK, BlockLists, Documents
-from model.attn_bias import CENTRE_EDGES, DELTA_EDGES, LayerTelemetry, PositionTables, SpectralBias, SpectralShape
+from model.attn_bias import CENTRE_EDGES, DELTA_EDGES, LayerTelemetry, PositionTables, Prediction, SpectralBias, SpectralShape
 
 T = 1024  # 8 blocks
 DELIMITER = 40
@@ -32,6 +32,9 @@ POINTERS = dict(BIAS, SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_LOCAL_BLOCKS
                 SPECTRAL_POINTER_GLOBAL_BLOCKS_WARMUP_STEPS=10)
 SCHEDULED = dict(POINTERS, SPECTRAL_POINTER_SCHEDULE=1, SPECTRAL_POINTER_MID_FRAC=0.25, SPECTRAL_POINTER_FULL_FRAC=0.5,
                  SPECTRAL_POINTER_HALF_BLOCKS=2)
+CONTENT = dict(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="content", SPECTRAL_POINTER_LOCAL_BLOCKS=1,
+               SPECTRAL_POINTER_GLOBAL_BLOCKS=0, SPECTRAL_POINTER_GLOBAL_BLOCKS_WARMUP=1, SPECTRAL_POINTER_HEADS=1,
+               SPECTRAL_LANDMARK_DIM=16, SPECTRAL_POINTER_FAR_BLOCKS=4, SPECTRAL_POINTER_FLOOR=-30)
 VARIANTS = {
     "A": {},
     "B": BIAS,
@@ -40,6 +43,10 @@ VARIANTS = {
     "C all layers": dict(POINTERS, SPECTRAL_LAYERS="all", NUM_LAYERS=5),  # layer 2 of 5 has the short window
     "C append": dict(POINTERS, SPECTRAL_QK_LAYOUT="append", SPECTRAL_SHARE_HEADS=0),
     "C score_mod": dict(POINTERS, SPECTRAL_IMPL="score_mod"),
+    "content": CONTENT,
+    "content, every head and token": dict(CONTENT, SPECTRAL_POINTER_HEADS=2, SPECTRAL_POINTER_ASKING=128,
+                                          SPECTRAL_POINTER_PUBLISHED=128, SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
+    "content and bias": dict(CONTENT, SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1, SPECTRAL_QK_LAYOUT="append"),
     "C wide": dict(POINTERS, SPECTRAL_POINTER_HALF_BLOCKS=2, SPECTRAL_POINTERS=3, SPECTRAL_POINTER_GLOBAL_BLOCKS=0),
 }
 
@@ -62,7 +69,8 @@ def model_for(alive=True, seed=0, spectral_noise=0.5, **variables):
     if alive:
         with torch.no_grad():
             for name, p in model.named_parameters():
-                scale = spectral_noise if "spectral" in name else p.size(-1) ** -0.5 if p.ndim > 1 else 0.1
+                scale = (spectral_noise if "spectral" in name else
+                     0.1 if "content" in name or p.ndim < 2 else p.size(-1) ** -0.5)
                 p += scale * noise(p.shape, (name, seed))
     return model.eval()
 
@@ -238,7 +246,7 @@ def test_flops_per_token_against_a_counter():
 def test_arms_share_every_other_weight():
     states = [model_for(alive=False, **variant).state_dict() for variant in VARIANTS.values() if "NUM_LAYERS" not in variant]
     for state in states[1:]:
-        assert {k for k in state if "spectral" not in k} == set(states[0])
+        assert {k for k in state if "spectral" not in k and "content" not in k} == set(states[0])
         assert all(torch.equal(state[k], states[0][k]) for k in states[0])
     other = model_for(alive=False, SEED=1).state_dict()
     assert not torch.equal(other["embed.weight"], states[0]["embed.weight"])
@@ -416,7 +424,7 @@ def test_weights_of_the_regularisers():
     tokens = documents_of(T + 1, 8)
     with torch.no_grad():
         out = model(tokens[:-1], tokens[1:].long(), context_of(model, tokens[:-1]))
-    penalties = np.mean([layer.penalties.numpy() for layer in out.telemetry], axis=0)
+    penalties = np.mean([layer.prediction.penalties.numpy() for layer in out.telemetry], axis=0)
     assert len(out.telemetry) == 4 and (penalties > 0).all()
     assert (out.objective - out.loss).item() == pytest.approx(penalties @ [0.5, 0.25, 2, 3], rel=1e-4)
     free = model_for(**BIAS, **{f"SPECTRAL_REG_{k}": 0 for k in weights})
@@ -442,9 +450,9 @@ def test_scope_stats_against_loops():
     H, M, L, local = 2, 2, 3, 2
     tokens = documents_of(T, 12)
     documents = Documents.of(tokens, DELIMITER)
-    layers = [LayerTelemetry(torch.exp(noise((1, H, T, M), layer).abs() * 3 + 2),
-                             (noise((1, H, 8), layer).abs() * 3).int() + 1, torch.tensor(0.1 * layer),
-                             torch.arange(4.0) + layer) for layer in range(L)]
+    layers = [LayerTelemetry((noise((1, H, 8), layer).abs() * 3).int() + 1, Prediction(
+        torch.exp(noise((1, H, T, M), layer).abs() * 3 + 2), torch.tensor(0.1 * layer), torch.arange(4.0) + layer), None)
+        for layer in range(L)]
     layers[1] = layers[1]._replace(num_BHN=torch.arange(1, 9, dtype=torch.int32).view(1, 1, 8))  # a list for all heads
     stats = attn_bias.scope_stats(layers, documents, local)
 
@@ -459,13 +467,13 @@ def test_scope_stats_against_loops():
         if t % BLOCK == 0:
             start = max(i for i in [0, *np.flatnonzero(tokens[: t + 1] == DELIMITER)])
         for layer in layers:
-            for delta in layer.delta_BHTM[0, :, t].flatten().tolist():
+            for delta in layer.prediction.delta_BHTM[0, :, t].flatten().tolist():
                 centre = max(0.0, t - delta)
                 outside.append(centre // BLOCK <= t // BLOCK - local)
                 zero.append(centre < BLOCK)
                 first.append(centre // BLOCK <= start // BLOCK)
                 centres.append(centre / (t + 1))
-    deltas = np.concatenate([layer.delta_BHTM.numpy().ravel() for layer in layers])
+    deltas = np.concatenate([layer.prediction.delta_BHTM.numpy().ravel() for layer in layers])
     assert stats["outside_local"] == pytest.approx(np.mean(outside), abs=1e-3)
     assert stats["at_block_zero"] == pytest.approx(np.mean(zero), abs=1e-3)
     assert stats["at_document_start"] == pytest.approx(np.mean(first), abs=1e-3)
@@ -491,7 +499,7 @@ def test_telemetry_counts_the_lists_that_attention_reads():
             for n in range(8):
                 first = int(context.documents.start_block_N[n])
                 reach = {n, first}
-                for delta in layer.delta_BHTM[0, h, BLOCK * n].tolist():
+                for delta in layer.prediction.delta_BHTM[0, h, BLOCK * n].tolist():
                     centre = math.floor((BLOCK * n - round(delta)) / BLOCK)
                     reach |= {min(max(block, first), n) for block in (centre - 1, centre, centre + 1)}
                 assert set(used.idx_BHNW[0, h, n, : used.num_BHN[0, h, n]].tolist()) == reach
@@ -505,7 +513,8 @@ def test_telemetry_holds_no_graph():
     model, tokens = model_for(**POINTERS).train(), documents_of(T + 1, 13)
     out = model(tokens[:-1], tokens[1:].long(), context_of(model, tokens[:-1], training=True))
     for layer in out.telemetry:
-        assert not (layer.delta_BHTM.requires_grad or layer.pi_entropy.requires_grad or layer.num_BHN.requires_grad)
+        kept = (layer.prediction.delta_BHTM, layer.prediction.pi_entropy, layer.num_BHN)
+        assert not any(x.requires_grad for x in kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,7 +560,7 @@ def graphs_over_the_schedule(variant):
     return graphs
 
 
-@pytest.mark.parametrize("name", ["A", "B", "C", "C append", "C score_mod"])
+@pytest.mark.parametrize("name", ["A", "B", "C", "C append", "C score_mod", "content", "content and bias"])
 def test_one_graph_without_device_reads(name, fresh_dynamo):
     graphs = graphs_over_the_schedule(VARIANTS[name] | (SCHEDULED if "C" in name else {}))
     assert graphs.count == 1 and graphs.reads == []
@@ -619,7 +628,7 @@ def test_a_long_evaluation_holds_no_whole_mlp_and_no_whole_logits(monkeypatch):
     assert torch.allclose(chunked, loss, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["A", "B", "C"])
+@pytest.mark.parametrize("name", ["A", "B", "C", "content"])
 def test_a_training_forward_and_backward_never_wait_for_the_device(name):
     model, tokens = model_for(**VARIANTS[name]).train(), documents_of(T + 1, 14)
     with DeviceReads() as reads:

@@ -1,0 +1,169 @@
+"""Content pointers: heads that find far places by what stands there.
+
+A pointer head gives every token a *landmark* of r dimensions and every query a *probe* vector of as many. Their product is
+added to the head's logits, so the language model's own loss teaches it, and its maximum over a block says which far blocks
+the query wants (`model.selection`). Where the loss cannot reach, because a far block was never read, a second teacher can:
+the distribution that the head's content logits alone would give, over the whole past, for a few rows of each sequence.
+
+Shape suffixes: B batch, T tokens, P pointer heads (the first of a layer's heads), D head dim, r landmark dims, S sampled rows.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import BLOCK, BlockLists, Documents
+from model.selection import admit, ask, content_lists, publish, search
+
+TAPS = 4  # tokens that a pointer head's query and key see
+NEAR_BLOCKS = 2  # own block and the one before: what a question finds there needs no pointer
+LEAST_PAST = 512  # tokens of its document that a sampled row must have behind it
+LOSSES = ("landmark_kl", "ask_bce", "publish_bce")
+
+
+@dataclass(frozen=True)
+class ContentShape:
+    """The constants of a layer's content pointers."""
+
+    heads: int = 2
+    head_dim: int = 128
+    dim: int = 32  # r
+    asking: int = 32  # tokens of a block that search, at most
+    published: int = 32  # tokens of a block that can be found
+    far_blocks: int = 16  # W, blocks that a query block may claim
+    floor: float = -4.0  # log-odds below which nothing is claimed
+    rows: int = 128  # S
+    pacing: float = 2.0
+    memory: int = 8  # blocks of the past from which thresholds are taken
+
+    @property
+    def target(self) -> int:
+        """Claims of a block at which its threshold aims."""
+        return max(1, 3 * self.far_blocks // 4)
+
+
+class Landmarks(NamedTuple):
+    p_BTPr: Tensor  # of the queries, scaled
+    l_BTPr: Tensor  # of the keys: p . l is in nats
+    ask_BPT: Tensor  # logit: is a far place worth searching from here; float32
+    publish_BPT: Tensor  # logit: will this token be looked for; float32
+
+
+class ContentTelemetry(NamedTuple):
+    """Detached device tensors; reading them is left to the logging steps."""
+
+    claims_BPN: Tensor  # claimed blocks
+    log_odds_BPNR: Tensor  # of every asking token's best block
+    losses: Tensor  # [3], in the order of LOSSES, nats
+
+
+class ContentPointers(nn.Module):
+    """The landmarks of one layer. Both maps start equal, so that p . l starts as an estimate of q . k / sqrt(D)."""
+
+    def __init__(self, shape: ContentShape, generator: torch.Generator):
+        super().__init__()
+        self.shape = s = shape
+        taps = 0.3 * torch.randn(2, TAPS, s.heads, s.head_dim, generator=generator)
+        taps[:, 0] += 1
+        self.taps = nn.Parameter(taps)
+        maps = torch.randn(s.heads, s.head_dim, s.dim, generator=generator) * s.dim**-0.5
+        self.w_query, self.w_key = nn.Parameter(maps.clone()), nn.Parameter(maps.clone())
+        self.w_ask, self.w_publish = (nn.Parameter(torch.zeros(s.heads, s.head_dim + 1)) for _ in range(2))
+
+    def blend(self, q_BTHD: Tensor, k_BTHD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
+        """The pointer heads' queries and keys before their norm become weighted sums over the last four tokens of the
+        document, channel by channel, so that one layer can match what stands before a place."""
+        P, id_T = self.shape.heads, documents.id_T
+
+        def mixed(x_BTHD, taps):
+            x = x_BTHD[:, :, :P]
+            total = x * taps[0]
+            for lag in range(1, TAPS):
+                same = (id_T[lag:] == id_T[:-lag])[:, None, None]
+                total = total + F.pad(x[:, :-lag] * same * taps[lag], (0, 0, 0, 0, lag, 0))
+            return torch.cat([total, x_BTHD[:, :, P:]], 2)
+
+        return tuple(mixed(x, w) for x, w in zip((q_BTHD, k_BTHD), self.taps.type_as(q_BTHD), strict=True))
+
+    def project(self, q_BTPD: Tensor, k_BTPD: Tensor) -> tuple[Tensor, Tensor]:
+        w_query, w_key = (w.type_as(q_BTPD) for w in (self.w_query * self.shape.head_dim**-0.5, self.w_key))
+        return torch.einsum("btpd,pde->btpe", q_BTPD, w_query), torch.einsum("btpd,pde->btpe", k_BTPD, w_key)
+
+    def forward(self, q_BTHD: Tensor, k_BTHD: Tensor) -> Landmarks:
+        """Normed, pre-rotary heads of a layer; the first P are looked at."""
+        q, k = (x[:, :, : self.shape.heads] for x in (q_BTHD, k_BTHD))
+
+        def saliency(x_BTPD, w):
+            w = w.type_as(x_BTPD)
+            return (torch.einsum("btpd,pd->bpt", x_BTPD.detach(), w[:, :-1]) + w[:, -1:]).float()
+
+        return Landmarks(*self.project(q, k), saliency(q, self.w_ask), saliency(k, self.w_publish))
+
+    @torch.no_grad()
+    def lists(self, marks: Landmarks, documents: Documents, state, list_shape, heads: int) -> tuple[BlockLists, Tensor, Tensor]:
+        """(lists of all `heads`, claims of every block [B, P, N], log-odds of the asking tokens). `state` is a
+        PointerState; a negative radius switches the claims off."""
+        s = self.shape
+        asking = ask(marks.ask_BPT, s.asking, s.memory)
+        found = search(marks.p_BTPr, marks.l_BTPr, asking, publish(marks.publish_BPT, s.published), documents,
+                       state.local_blocks, state.global_blocks)
+        claims = admit(found, asking, s.far_blocks, s.target, s.pacing, s.memory, s.floor)
+        claims = claims._replace(num_BHN=torch.where(state.radius < 0, 0, claims.num_BHN))
+        lists = content_lists(claims, documents, state.local_blocks, state.global_blocks, list_shape.local_blocks,
+                              list_shape.global_blocks, heads)
+        return lists, claims.num_BHN, found.log_odds_BHNR
+
+    def losses(self, marks: Landmarks, q_BTHD: Tensor, k_BTHD: Tensor, content_logits, documents: Documents,
+               phase: Tensor) -> Tensor:
+        """[3], in the order of LOSSES; their gradients reach this module's parameters alone, taps excepted.
+
+        q_BTHD, k_BTHD: normed, pre-rotary. content_logits(rows_S) -> [P, S, T]: what the sampled rows' logits would be
+        without the landmarks. B must be 1. Teacher of the landmarks: softmax of those logits over the document's past.
+        Teacher of `ask`: its mass beyond the near blocks; of `publish`: the mass that a key gets from there.
+        """
+        s, T = self.shape, q_BTHD.size(1)
+        rows_S = torch.arange(s.rows, device=phase.device) * (T // s.rows) + phase
+        position_T = torch.arange(T, device=phase.device)
+        with torch.no_grad():
+            past_ST = (position_T <= rows_S[:, None]) & (documents.id_T == documents.id_T[rows_S, None])
+            teacher_PST = content_logits(rows_S).masked_fill(~past_ST, float("-inf")).softmax(-1)
+            far_PST = teacher_PST * (position_T // BLOCK <= rows_S[:, None] // BLOCK - NEAR_BLOCKS)
+            asked_PS, wanted_PT = far_PST.sum(-1).clamp(max=1), far_PST.sum(1).clamp(max=1)
+            counts_S = (past_ST.sum(-1) >= LEAST_PAST).float()
+            counts_S = counts_S / counts_S.sum().clamp(min=1)
+        q, k = (x[:, :, : s.heads].detach() for x in (q_BTHD, k_BTHD))
+        p_BSPr, l_BTPr = self.project(q[:, rows_S], k)
+        student_PST = torch.einsum("bspe,btpe->pst", p_BSPr, l_BTPr).float().masked_fill(~past_ST, float("-inf"))
+        log_student = student_PST.log_softmax(-1).clamp(min=-50)  # finite where the teacher is 0
+        kl_PS = (torch.special.entr(teacher_PST).neg() - teacher_PST * log_student).sum(-1)
+        ask_PS = F.binary_cross_entropy_with_logits(marks.ask_BPT[0, :, rows_S], asked_PS, reduction="none")
+        publish = F.binary_cross_entropy_with_logits(marks.publish_BPT[0], wanted_PT)
+        return torch.stack([(kl_PS * counts_S).sum(-1).mean(), (ask_PS * counts_S).sum(-1).mean(), publish])
+
+    def fold(self, x_BTHD: Tensor, mark_BTPr: Tensor | None, reserved: int) -> Tensor:
+        """Put the marks in the place of the pointer heads' last non-rotating dimensions but `reserved`, which the spectral
+        bias takes; None: zeros, which leaves the content alone."""
+        P, r, half = self.shape.heads, self.shape.dim, x_BTHD.size(-1) // 2
+        end = half - reserved // 2
+        start, x = end - r // 2, x_BTHD[:, :, :P]
+        a, b = (x.new_zeros(*x.shape[:3], r) if mark_BTPr is None else mark_BTPr.type_as(x)).chunk(2, -1)
+        folded = torch.cat([x[..., :start], a, x[..., end : half + start], b, x[..., half + end :]], -1)
+        return torch.cat([folded, x_BTHD[:, :, P:]], 2)
+
+
+def content_stats(layers: list[ContentTelemetry]) -> dict:
+    """What the content pointers add to SCOPE_STATS; reads the device. Each list has one entry a layer."""
+    def by_layer(values):
+        return torch.stack([v.float() for v in values]).tolist()
+
+    log_odds = [layer.log_odds_BPNR[layer.log_odds_BPNR.isfinite()] for layer in layers]
+    losses = by_layer([layer.losses for layer in layers])
+    return dict(
+        claimed_blocks=by_layer([layer.claims_BPN.float().mean() for layer in layers]),
+        claimed_blocks_max=by_layer([layer.claims_BPN.max() for layer in layers]),
+        log_odds=[[x.quantile(q).item() for q in (0.5, 0.9, 0.99)] if len(x) else None
+                  for x in (x[:: max(1, len(x) // 2**20)] for x in log_odds)],
+        **{name: list(values) for name, values in zip(LOSSES, zip(*losses, strict=True), strict=True)})

@@ -1,0 +1,165 @@
+"""Content pointers: the landmarks and their losses against loops, what they teach, and the whole search in a model."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_model import BASE, CONTENT, DELIMITER, T, config_for, context_of, documents_of, model_for, noise
+
+import scoped_medium as S
+from model.attention import BLOCK, Documents
+from model.content import LEAST_PAST, LOSSES, NEAR_BLOCKS, TAPS, ContentPointers, ContentShape, content_stats
+
+pytestmark = pytest.mark.usefixtures("one_thread_on_cpu")
+SHAPE = ContentShape(heads=2, head_dim=32, dim=16, rows=16)
+
+
+def pointers(seed=0, shape=SHAPE):
+    module = ContentPointers(shape, torch.Generator().manual_seed(seed)).double()
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p += 0.3 * noise(p.shape, (name, seed))
+    return module
+
+
+def heads(seed, length=T, count=3):
+    return [noise((1, length, count, 32), (seed, i)).double() for i in range(2)]
+
+
+def test_blend_against_loops():
+    module, documents = pointers(), Documents.of(documents_of(T, 1, mean_length=60), DELIMITER)
+    q, k = heads(1)
+    for x, taps, found in zip((q, k), module.taps, module.blend(q, k, documents), strict=True):
+        assert torch.equal(found[:, :, 2:], x[:, :, 2:])  # not a pointer head
+        for t in [*range(6), *range(T - 300, T)]:
+            total = sum(taps[lag] * x[0, t - lag, :2] for lag in range(TAPS)
+                        if t >= lag and documents.id_T[t] == documents.id_T[t - lag])
+            torch.testing.assert_close(found[0, t, :2], total)
+
+
+def test_maps_start_as_an_estimate_of_the_content():
+    module = ContentPointers(ContentShape(heads=1, head_dim=128, dim=64), torch.Generator().manual_seed(0))
+    q, k = (torch.nn.functional.rms_norm(noise((1, 500, 1, 128), i), (128,)) for i in range(2))
+    marks = module(q, q + k)
+    found, exact = (marks.p_BTPr * marks.l_BTPr).sum(-1).detach(), (q * (q + k)).sum(-1) / 128**0.5
+    assert found.mean() == pytest.approx(exact.mean().item(), rel=0.1) and exact.mean() > 10
+
+
+def test_folding_adds_the_marks_and_spares_the_rest():
+    """scale q' . k' = scale q . k over the dimensions left + p . l; those that rotate, and the bias's, are left."""
+    module, scale, reserved = pointers(), 0.12, 6
+    shape = SHAPE.__class__(heads=2, head_dim=64, dim=16)
+    module.shape = shape
+    q, k = (noise((1, T, 3, 64), i).double() for i in range(2))
+    p, mark = (noise((1, T, 2, 16), 10 + i).double() for i in range(2))
+    folded_q, folded_k = module.fold(q, p / scale, reserved), module.fold(k, mark, reserved)
+    bare = module.fold(q, None, reserved)
+    taken = [d for d in range(64) if not torch.equal(folded_q[:, :, 0, d], q[:, :, 0, d])]
+    assert taken == [*range(21, 29), *range(53, 61)]  # below them 16 of each half rotate, above are the 3 reserved ones
+    assert torch.equal(folded_q[:, :, 2], q[:, :, 2])
+    left = torch.ones(64, dtype=torch.bool)
+    left[taken] = False
+    exact = scale * (q * k)[..., left].sum(-1)[:, :, :2]
+    torch.testing.assert_close(scale * (bare * folded_k).sum(-1)[:, :, :2], exact)
+    torch.testing.assert_close(scale * (folded_q * folded_k).sum(-1)[:, :, :2], exact + (p * mark).sum(-1))
+
+
+def test_losses_against_loops():
+    module, tokens = pointers(), documents_of(T, 4, mean_length=10**9)
+    tokens[700] = DELIMITER  # rows behind it have a short past, and count from row 700 + LEAST_PAST on
+    documents, phase = Documents.of(tokens, DELIMITER), torch.tensor(17, dtype=torch.int32)
+    q, k = heads(3)
+    logits = lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2])  # noqa: E731
+    marks = module(q, k)
+    found = module.losses(marks, q, k, logits, documents, phase)
+    rows = [64 * s + 17 for s in range(16)]
+    kl, ask, wanted, count = 0.0, 0.0, torch.zeros(2, T, dtype=torch.float64), 0
+    for row in rows:
+        past = [j for j in range(row + 1) if documents.id_T[j] == documents.id_T[row]]
+        for h in range(2):
+            teacher = torch.stack([q[0, row, h] @ k[0, j, h] for j in past]).softmax(0)
+            far = sum(t for t, j in zip(teacher.tolist(), past, strict=True) if j // BLOCK <= row // BLOCK - NEAR_BLOCKS)
+            for t, j in zip(teacher.tolist(), past, strict=True):
+                wanted[h, j] += t if j // BLOCK <= row // BLOCK - NEAR_BLOCKS else 0
+            if len(past) >= LEAST_PAST:
+                p = q[0, row, h] @ module.w_query[h] / 32**0.5
+                student = torch.stack([p @ (k[0, j, h] @ module.w_key[h]) for j in past]).log_softmax(0)
+                kl += (teacher * (teacher.log() - student)).sum().item() / 2
+                z = q[0, row, h] @ module.w_ask[h, :-1] + module.w_ask[h, -1]
+                ask -= (far * math.log(z.sigmoid()) + (1 - far) * math.log((-z).sigmoid())) / 2
+        count += len(past) >= LEAST_PAST
+    assert 2 < count < 16
+    z = torch.einsum("tpd,pd->pt", k[0, :, :2], module.w_publish[:, :-1]) + module.w_publish[:, -1:]
+    y = wanted.clamp(max=1)
+    publish = -(y * z.sigmoid().log() + (1 - y) * (-z).sigmoid().log()).mean()
+    torch.testing.assert_close(found, torch.tensor([kl / count, ask / count, publish.item()]).double(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_losses_reach_the_maps_alone():
+    module, documents = pointers(), Documents.of(documents_of(T, 4, mean_length=10**9), DELIMITER)
+    q, k = (x.requires_grad_() for x in heads(3))
+    losses = module.losses(module(q, k), q, k, lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2]),
+                           documents, torch.tensor(0))
+    losses.sum().backward()
+    assert q.grad is None and k.grad is None and module.taps.grad is None
+    for name in ("w_query", "w_key", "w_ask", "w_publish"):
+        assert (getattr(module, name).grad != 0).all(), name
+
+
+def test_the_language_model_teaches_landmarks_too():
+    model, tokens = model_for(**CONTENT).train(), documents_of(T + 1, 8, mean_length=10**9)
+    out = model(tokens[:-1], tokens[1:].long(), context_of(model, tokens[:-1], training=True))
+    out.loss.backward()
+    for block in model.blocks:
+        content = block.attn.content
+        for p in (content.taps, content.w_query, content.w_key):
+            assert (p.grad != 0).all()
+        assert content.w_ask.grad is None and content.w_publish.grad is None  # theirs are the losses above
+    assert len(out.telemetry) == 4 and all(layer.pointing.losses.requires_grad for layer in out.telemetry)
+    assert out.objective.item() == pytest.approx(
+        out.loss.item() + sum(layer.pointing.losses.sum().item() for layer in out.telemetry), rel=1e-5)
+
+
+def test_far_blocks_are_read_by_the_pointer_heads_alone_and_within_the_budget():
+    model, tokens = model_for(**dict(CONTENT, SPECTRAL_POINTER_LOCAL_BLOCKS=2)), documents_of(T, 9, mean_length=10**9)
+    context = context_of(model, tokens)
+    with torch.no_grad():
+        telemetry = model.hidden(tokens, context)[1]
+    for layer in telemetry:
+        far = layer.num_BHN[0, 0] - layer.num_BHN[0, 1]
+        assert (layer.num_BHN[0, 1] == torch.arange(1, 9).clamp(max=3)).all()  # the band of two and the anchor
+        assert far.max() <= 4 and far[3:].sum() > 0 and torch.equal(far, layer.pointing.claims_BPN[0, 0])
+    stats = S.scope_stats(telemetry, context.documents, 2)
+    assert max(stats["claimed_blocks_max"]) <= 4 and len(stats["landmark_kl"]) == 4
+    json.dumps(stats, allow_nan=False)
+    assert set(LOSSES) < set(content_stats([layer.pointing for layer in telemetry]))
+
+
+def test_a_planted_match_is_found():
+    """A key equal to a far query's direction: its block is claimed by that query's block, from that query on."""
+    shape = ContentShape(heads=1, head_dim=32, dim=16, far_blocks=4, asking=128, published=128, floor=0.0)
+    module = ContentPointers(shape, torch.Generator().manual_seed(0))
+    q, k = (0.03 * noise((1, 12 * BLOCK, 1, 32), i) for i in range(2))
+    mark = torch.nn.functional.normalize(noise((32,), 7), dim=0) * 32**0.5
+    k[0, 3 * BLOCK + 77, 0], q[0, 10 * BLOCK + 30, 0] = 3 * mark, 3 * mark
+    documents = Documents.of(torch.ones(12 * BLOCK, dtype=torch.int32), 0)
+    state = S.PointerState(*(torch.tensor(x, dtype=torch.int32) for x in (2, 1, 1)))
+    lists, claims, _ = module.lists(module(q, k), documents, state, S.ListShape(2, 0, 1), heads=1)
+    row = lists.idx_BHNW[0, 0, 10, : lists.num_BHN[0, 0, 10]].tolist()
+    assert 3 in row and claims[0, 0, 10] >= 1
+    slot = row.index(3)
+    seen = (lists.seen_BHTw[0, 0, 10 * BLOCK : 11 * BLOCK, slot // 32] >> (slot % 32)) & 1
+    assert seen[30:].all() and not seen[:30].any()
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(SPECTRAL_POINTER_ASKING=48), "SPECTRAL_POINTER_ASKING=48 is not a power of two"),
+    (dict(SPECTRAL_POINTER_HEADS=3), "SPECTRAL_POINTER_HEADS=3 exceeds NUM_HEADS=2"),
+    (dict(SPECTRAL_LANDMARK_DIM=32), "exceed the HEAD_DIM / 2 = 16 dimensions"),
+    (dict(SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1), "SPECTRAL_LANDMARK_DIM=16 and the bias's 16 features"),
+    (dict(SPECTRAL_POINTER_SOURCE="offset"), "SPECTRAL_USE_POINTER_MASK=1 needs SPECTRAL_BIAS=1")])
+def test_refusals(change, message):
+    with pytest.raises(S.Stop, match=message):
+        config_for(**CONTENT | change)
+    assert config_for(**CONTENT).arm == "C" and config_for(**BASE).arm == "A"
