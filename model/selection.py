@@ -1,0 +1,318 @@
+"""The content pointers' search: which far key blocks each query block reads. Forward only, and strictly causal.
+
+A pointer head scores a query token i against a key token j with p_i . l_j. Every block of 128 tokens *publishes* its P
+tokens of highest key score; of every tile (a query block) at most R tokens *ask*. An asker finds its best far block and
+the log-odds of that block against all others it searched; a tile's tokens then *claim* blocks in token order, at most W,
+where the log-odds exceed a threshold that the tiles before have set. A claimed block is seen from its claim on.
+
+Every step is an operator of its own: plain PyTorch on the CPU, which is the oracle, `model.selection_triton` on a GPU.
+Nothing of size [T, T] exists, and shapes depend on the arguments' shapes alone.
+
+Shape suffixes: B batch, H pointer heads, T tokens, d pointer dim, N blocks, P published, R askers, W claims of a tile.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from model.attention import BLOCK, BlockLists, Documents, pack_seen
+
+COUNTS = (16, 32, 64, 128)  # of published tokens and of askers
+POINTER_DIMS = (16, 32, 64)
+MAX_CLAIMS = 32
+MAX_LOG_ODDS = 30.0
+PLAIN_SCORES = 2**24  # scores that the plain search holds at once
+
+
+class Found(NamedTuple):
+    """What every asker found; an unused slot, or nothing far: block -1 and log-odds -inf."""
+
+    block_BHNR: Tensor  # int32
+    log_odds_BHNR: Tensor  # float32, nats, at most MAX_LOG_ODDS
+
+
+class Claims(NamedTuple):
+    """The far blocks that a tile reads, in the order in which its tokens claimed them: `time` ascends."""
+
+    num_BHN: Tensor  # int32, how many of the W slots count
+    block_BHNW: Tensor  # int32; 0 in unused slots
+    time_BHNW: Tensor  # int32, position in the tile of the claiming token; BLOCK in unused slots
+
+
+def _check_count(name: str, count: int) -> None:
+    if count not in COUNTS:
+        raise ValueError(f"{name} {count} is none of {', '.join(map(str, COUNTS))}")
+
+
+def _check_tokens(T: int) -> None:
+    if T % BLOCK:
+        raise ValueError(f"{T} tokens are not a multiple of the block of {BLOCK}: pad the sequence")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choice of tokens
+
+
+@torch.library.custom_op("scope::publish", mutates_args=())
+def _publish(score_BHT: Tensor, count: int) -> Tensor:
+    if score_BHT.is_cuda:
+        from model.selection_triton import publish_tokens
+
+        return publish_tokens(score_BHT, count)
+    order = score_BHT.unflatten(-1, (-1, BLOCK)).sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(-1).values.int()
+
+
+@_publish.register_fake
+def _(score_BHT, count):
+    B, H, T = score_BHT.shape
+    return score_BHT.new_empty(B, H, T // BLOCK, count, dtype=torch.int32)
+
+
+def publish(score_BHT: Tensor, count: int) -> Tensor:
+    """Positions in their block, ascending, of the `count` tokens of highest score of every block (ties: the earlier), int32
+    [B, H, N, count]. Only later blocks search a block, so its choice may rest on all of its tokens."""
+    _check_count("count of published tokens", count)
+    _check_tokens(score_BHT.size(-1))
+    return _publish(score_BHT.detach(), count)
+
+
+def _mean_before(value_BHN: Tensor, memory: int) -> Tensor:
+    """Mean of the finite values of the `memory` tiles before each tile; none: -inf. Summed from the nearest on."""
+    total, count = torch.zeros_like(value_BHN), torch.zeros_like(value_BHN)
+    for back in range(1, memory + 1):
+        value = pad(value_BHN, (back, 0), value=float("-inf"))[..., : value_BHN.size(-1)]
+        finite = value > float("-inf")
+        total, count = total + torch.where(finite, value, 0), count + finite
+    return torch.where(count > 0, total / count.clamp(min=1), float("-inf"))
+
+
+@torch.library.custom_op("scope::ask", mutates_args=())
+def _ask(score_BHT: Tensor, slots: int, memory: int) -> Tensor:
+    if score_BHT.is_cuda:
+        from model.selection_triton import ask_tokens
+
+        return ask_tokens(score_BHT, slots, memory)
+    score_BHNx = score_BHT.unflatten(-1, (-1, BLOCK))
+    nth_BHN = score_BHNx.sort(-1, descending=True).values[..., 3 * slots // 4 - 1]
+    wants = score_BHNx > _mean_before(nth_BHN, memory)[..., None]
+    asks = wants & (wants.cumsum(-1) <= slots)
+    position = torch.arange(BLOCK, device=score_BHT.device, dtype=torch.int32)
+    return torch.where(asks, position, BLOCK).sort(-1).values[..., :slots].contiguous()
+
+
+@_ask.register_fake
+def _(score_BHT, slots, memory):
+    B, H, T = score_BHT.shape
+    return score_BHT.new_empty(B, H, T // BLOCK, slots, dtype=torch.int32)
+
+
+def ask(score_BHT: Tensor, slots: int, memory: int = 8) -> Tensor:
+    """Positions in their tile, ascending, of the at most `slots` tokens that ask, int32 [B, H, N, slots]; BLOCK in unused
+    slots. In token order, as long as slots are free: those whose score is above the mean, over the `memory` tiles before,
+    of a tile's r-th largest score, r = 3/4 slots. With a slot for every token, all ask."""
+    _check_count("slots of askers", slots)
+    _check_tokens(score_BHT.size(-1))
+    if slots == BLOCK:
+        B, H, T = score_BHT.shape
+        position = torch.arange(BLOCK, device=score_BHT.device, dtype=torch.int32)
+        return position.expand(B, H, T // BLOCK, BLOCK).contiguous()
+    return _ask(score_BHT.detach(), slots, memory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search
+
+
+@torch.library.custom_op("scope::search", mutates_args=())
+def _search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP: Tensor, doc_id_T: Tensor, start_block_N: Tensor,
+            local: Tensor, globals_: Tensor) -> tuple[Tensor, Tensor]:
+    if p_BTHd.is_cuda:
+        from model.selection_triton import search_blocks
+
+        return search_blocks(p_BTHd, l_BTHd, ask_BHNR, publish_BHNP, doc_id_T, start_block_N, local, globals_, MAX_LOG_ODDS)
+    return search_plain(p_BTHd, l_BTHd, ask_BHNR, publish_BHNP, doc_id_T, start_block_N, local, globals_)
+
+
+@_search.register_fake
+def _(p_BTHd, l_BTHd, ask_BHNR, publish_BHNP, doc_id_T, start_block_N, local, globals_):
+    return ask_BHNR.new_empty(ask_BHNR.shape), ask_BHNR.new_empty(ask_BHNR.shape, dtype=torch.float32)
+
+
+def search_plain(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP: Tensor, doc_id_T: Tensor,
+                 start_block_N: Tensor, local: Tensor, globals_: Tensor) -> tuple[Tensor, Tensor]:
+    """The oracle of the search, on any device: all scores of some tiles at once."""
+    B, H, N, R = ask_BHNR.shape
+    P, device, minus_inf = publish_BHNP.size(-1), p_BTHd.device, float("-inf")
+    block = torch.arange(N, device=device)
+    batch, head = torch.arange(B, device=device).view(B, 1, 1, 1), torch.arange(H, device=device).view(1, H, 1, 1)
+    wide = torch.promote_types(p_BTHd.dtype, torch.float32)
+    key_at = block[:, None] * BLOCK + publish_BHNP.long()
+    key, key_doc = l_BTHd[batch, key_at, head].to(wide).flatten(2, 3), doc_id_T[key_at]
+    found, odds = [], []
+    tiles = max(1, PLAIN_SCORES // (B * H * R * N * P))
+    for n in block.split(tiles):
+        asks = ask_BHNR[:, :, n] < BLOCK
+        at = n[:, None] * BLOCK + ask_BHNR[:, :, n].long().clamp(max=BLOCK - 1)
+        score = p_BTHd[batch, at, head].to(wide).flatten(2, 3) @ key.mT
+        score = score.unflatten(-1, (N, P)).unflatten(2, (len(n), R))  # [B, H, n, R, N, P]
+        same_document = doc_id_T[at][..., None, None] == key_doc[:, :, None, None]
+        score = score.masked_fill(~same_document, minus_inf).amax(-1)
+        own = n[:, None, None]
+        score = score.masked_fill(block >= own, minus_inf)
+        far = (block <= own - local) & (block >= start_block_N[n][:, None, None] + globals_)
+        far_score = score.masked_fill(~far, minus_inf)
+        best = far_score.argmax(-1, keepdim=True)  # the first of equal ones
+        value = far_score.gather(-1, best).squeeze(-1)
+        others = score.scatter(-1, best, minus_inf).logsumexp(-1)
+        some = asks & (value > minus_inf)
+        found.append(torch.where(some, best.squeeze(-1), -1).int())
+        odds.append(torch.where(some, (value - others).clamp(max=MAX_LOG_ODDS), minus_inf).float())
+    return torch.cat(found, 2), torch.cat(odds, 2)
+
+
+def search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP: Tensor, documents: Documents, local: Tensor,
+           globals_: Tensor) -> Found:
+    """Every asker's best far block and its log-odds.
+
+    For the asker i of tile n, s_ib is the maximum of p_i . l_j over the published tokens j of block b < n in the document
+    of i. Far are the blocks b <= n - local from the document's block start_block_N[n] + globals_ on (int32 scalars on the
+    device). The best is the far block of highest s_ib (ties: the lowest); its log-odds are s_i,best - log sum exp s_ib over
+    all other searched blocks, the near ones too, at most MAX_LOG_ODDS. On a GPU p and l are bfloat16.
+    """
+    B, T, H, d = p_BTHd.shape
+    _check_tokens(T)
+    for name, idx in (("ask", ask_BHNR), ("publish", publish_BHNP)):
+        _check_count(f"{name}'s width", idx.size(-1))
+        if idx.shape[:3] != (B, H, T // BLOCK):
+            raise ValueError(f"{name} is {list(idx.shape)}: {B} sequences of {T} tokens and {H} heads ask for "
+                             f"[{B}, {H}, {T // BLOCK}, slots]")
+    if l_BTHd.shape != p_BTHd.shape or d not in POINTER_DIMS:
+        raise ValueError(f"p {list(p_BTHd.shape)} and l {list(l_BTHd.shape)} must have one shape, its last dimension one of "
+                         f"{', '.join(map(str, POINTER_DIMS))}")
+    if p_BTHd.is_cuda and not p_BTHd.dtype == l_BTHd.dtype == torch.bfloat16:
+        raise ValueError(f"the search takes bfloat16 on a GPU, not {p_BTHd.dtype} and {l_BTHd.dtype}")
+    return Found(*_search(p_BTHd.detach(), l_BTHd.detach(), ask_BHNR, publish_BHNP, documents.id_T, documents.start_block_N,
+                          local, globals_))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Admission
+
+
+@torch.library.custom_op("scope::admit", mutates_args=())
+def _admit(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, slots: int, rank: int, pacing: float, memory: int,
+           floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    if block_BHNR.is_cuda:
+        from model.selection_triton import admit_claims
+
+        return admit_claims(block_BHNR, log_odds_BHNR, ask_BHNR, slots, rank, pacing, memory, floor)
+    return admit_plain(block_BHNR, log_odds_BHNR, ask_BHNR, slots, rank, pacing, memory, floor)
+
+
+@_admit.register_fake
+def _(block_BHNR, log_odds_BHNR, ask_BHNR, slots, rank, pacing, memory, floor):
+    rows = block_BHNR.shape[:3]
+    return block_BHNR.new_empty(rows), block_BHNR.new_empty(*rows, slots), block_BHNR.new_empty(*rows, slots)
+
+
+def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, slots: int, rank: int, pacing: float,
+                memory: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The oracle of the admission, on any device: one asker of every tile after the other."""
+    B, H, N, R = block_BHNR.shape
+    device = block_BHNR.device
+    # The highest log-odds of every block a tile's askers found, once a block: by block, the highest first.
+    order = log_odds_BHNR.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, block_BHNR.gather(-1, order).argsort(dim=-1, stable=True))
+    block, odds = block_BHNR.gather(-1, order), log_odds_BHNR.gather(-1, order)
+    repeats = pad(block[..., 1:] == block[..., :-1], (1, 0))
+    highest = odds.masked_fill(repeats | (block < 0), float("-inf")).sort(-1, descending=True).values
+    nth_BHN = highest[..., rank - 1] if rank <= R else torch.full_like(highest[..., 0], float("-inf"))
+    threshold_BHN = _mean_before(nth_BHN, memory)
+
+    slot = torch.arange(slots, device=device)
+    num = torch.zeros(B, H, N, device=device, dtype=torch.int32)
+    claimed = torch.full((B, H, N, slots), -1, device=device, dtype=torch.int32)
+    time = torch.full_like(claimed, BLOCK)
+    for block, odds, x in zip(block_BHNR.unbind(-1), log_odds_BHNR.unbind(-1), ask_BHNR.unbind(-1), strict=True):
+        bar = threshold_BHN + pacing * (num / rank - x / BLOCK)
+        listed = (claimed == block[..., None]).any(-1)
+        takes = (block >= 0) & (num < slots) & (odds > bar) & (odds > floor) & ~listed
+        here = takes[..., None] & (slot == num[..., None])
+        claimed, time = torch.where(here, block[..., None], claimed), torch.where(here, x[..., None], time)
+        num = num + takes.int()
+    return num, claimed.clamp(min=0), time
+
+
+def admit(found: Found, ask_BHNR: Tensor, slots: int, rank: int, pacing: float = 2.0, memory: int = 8,
+          floor: float = float("-inf")) -> Claims:
+    """Which tokens claim their best block.
+
+    The threshold of a tile is the mean, over the `memory` tiles before, of the `rank`-th largest log-odds of a found block
+    (a block counts once, with its highest; tiles that found fewer do not count; no such tile: no threshold). In token
+    order, the token at position x with c claims before it claims its block if no one has, c < slots, and its log-odds
+    exceed threshold + pacing * (c / rank - x / BLOCK) as well as `floor` (nats), which keeps heads that retrieve nothing
+    from reading.
+    """
+    if slots < 1 or slots & (slots - 1) or slots > MAX_CLAIMS:
+        raise ValueError(f"{slots} slots for claims are no power of two of at most {MAX_CLAIMS}")
+    if rank < 1 or memory < 1:
+        raise ValueError(f"rank {rank} and memory {memory} of the admission must be at least 1")
+    if not found.block_BHNR.shape == found.log_odds_BHNR.shape == ask_BHNR.shape:
+        raise ValueError(f"blocks {list(found.block_BHNR.shape)}, log-odds {list(found.log_odds_BHNR.shape)} and askers "
+                         f"{list(ask_BHNR.shape)} must have one shape")
+    return Claims(*_admit(found.block_BHNR, found.log_odds_BHNR, ask_BHNR, slots, rank, pacing, memory, floor))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists
+
+
+@torch.library.custom_op("scope::content_lists", mutates_args=())
+def _content_lists(num_BHN: Tensor, block_BHNW: Tensor, time_BHNW: Tensor, start_block_N: Tensor, local: Tensor,
+                   globals_: Tensor, local_slots: int, global_slots: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    if num_BHN.is_cuda:
+        from model.selection_triton import write_lists
+
+        return write_lists(num_BHN, block_BHNW, time_BHNW, start_block_N, local, globals_, local_slots, global_slots, heads)
+    B, Hp, N, W = block_BHNW.shape
+    own = torch.arange(N, device=num_BHN.device)
+    width = min(local_slots + global_slots + W, N)
+    num_claims = pad(num_BHN, (0, 0, 0, heads - Hp))[..., None]  # none for the other heads
+    claim_block, claim_time = (pad(x, (0, 0, 0, 0, 0, heads - Hp)) for x in (block_BHNW, time_BHNW))
+    reach = own - start_block_N + 1  # blocks of the document so far
+    band = local.clamp(1, max(local_slots, 1)).minimum(reach)[:, None]
+    fixed = band + globals_.clamp(0, global_slots).minimum(reach - band[:, 0])[:, None]
+    slot = torch.arange(width, device=num_BHN.device)
+    claim = (slot - fixed).clamp(0, W - 1).expand(B, heads, N, width)
+    is_claim = (slot >= fixed) & (slot < fixed + num_claims)
+    near = torch.where(slot < band, own[:, None] - slot, start_block_N[:, None] + slot - band)
+    idx = torch.where(slot < fixed, near, torch.where(is_claim, claim_block.gather(-1, claim), 0)).int()
+    first_seen = torch.where(is_claim, claim_time.gather(-1, claim), torch.where(slot < fixed, 0, BLOCK))
+    position = torch.arange(BLOCK, device=num_BHN.device)[:, None]
+    seen = pack_seen((position >= first_seen[..., None, :]).flatten(2, 3))
+    return (fixed + num_claims)[..., 0].int(), idx.contiguous(), seen
+
+
+@_content_lists.register_fake
+def _(num_BHN, block_BHNW, time_BHNW, start_block_N, local, globals_, local_slots, global_slots, heads):
+    B, _, N, W = block_BHNW.shape
+    width = min(local_slots + global_slots + W, N)
+    return (num_BHN.new_empty(B, heads, N), num_BHN.new_empty(B, heads, N, width),
+            num_BHN.new_empty(B, heads, N * BLOCK, -(-width // 32)))
+
+
+def content_lists(claims: Claims, documents: Documents, local: Tensor, globals_: Tensor, local_slots: int, global_slots: int,
+                  heads: int) -> BlockLists:
+    """The lists of all `heads` attention heads: the local band (own block, the one before, ..., at most `local`), the
+    anchors (the document's first `globals_` blocks, where the band does not hold them), and for the first heads, one of
+    `claims` each, their claims, seen from the claiming token on. Ids are distinct if the claims come from a `search` with
+    the same `local` and `globals_`. At most min(local_slots + global_slots + W, N) slots, whatever the schedule says."""
+    Hp = claims.num_BHN.size(1)
+    if heads < Hp:
+        raise ValueError(f"{heads} attention heads cannot hold the claims of {Hp} pointer heads")
+    if local_slots < 1 or global_slots < 0:
+        raise ValueError(f"{local_slots} local and {global_slots} global slots: at least 1 and 0 are needed")
+    return BlockLists(*_content_lists(*claims, documents.start_block_N, local, globals_, local_slots, global_slots, heads))

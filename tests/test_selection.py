@@ -1,0 +1,413 @@
+"""The content pointers' search against double loops, its kernels against its plain code, and strict causality."""
+
+import math
+
+import pytest
+import torch
+from test_attention import DELIMITER, random_tokens
+
+from model.attention import BLOCK, BlockLists, Documents, pointer_attention, unpack_seen
+from model.selection import (
+    MAX_LOG_ODDS,
+    Claims,
+    Found,
+    admit,
+    admit_plain,
+    ask,
+    content_lists,
+    publish,
+    search,
+    search_plain,
+)
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=torch.int32, device=DEVICE)
+
+
+def documents_of(N, seed, length):
+    return Documents.of(random_tokens(N * BLOCK, seed, length).to(DEVICE), DELIMITER)
+
+
+def on_cpu(values):
+    return [x.cpu() for x in values]
+
+
+def uniform(*shape, seed, levels=0):
+    """In [0, 1); with `levels` on so few values that many are equal."""
+    x = torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+    return (x * levels).floor() / levels if levels else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choice of tokens
+
+
+def kernels():
+    pytest.importorskip("triton")
+    from model import selection_triton
+
+    return selection_triton
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("count,levels", [(16, 0), (32, 5), (64, 2), (128, 0)])
+def test_publish_takes_the_highest(count, levels, kernel):
+    N, score = 5, uniform(2, 3, 5 * BLOCK, seed=count, levels=levels).to(DEVICE)
+    idx = (kernels().publish_tokens if kernel else publish)(score, count).cpu()
+    assert idx.shape == (2, 3, N, count) and idx.dtype == torch.int32
+    for b in range(2):
+        for h in range(3):
+            for n in range(N):
+                block = score[b, h, n * BLOCK : (n + 1) * BLOCK].tolist()
+                assert idx[b, h, n].tolist() == sorted(sorted(range(BLOCK), key=lambda j: (-block[j], j))[:count])
+
+
+def asking(block, before, slots):
+    """The askers of one tile, given the tiles before it."""
+    nth = [sorted(scores, reverse=True)[3 * slots // 4 - 1] for scores in before]
+    threshold = sum(nth) / len(nth) if nth else -math.inf
+    wants = [i for i in range(BLOCK) if block[i] > threshold or slots == BLOCK]
+    return (wants + [BLOCK] * slots)[:slots] if len(wants) < slots else wants[:slots]
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("slots,memory", [(16, 1), (32, 8), (64, 3), (128, 8)])
+def test_ask_takes_the_first_above_the_recent_tiles(slots, memory, kernel):
+    if kernel and slots == BLOCK:
+        pytest.skip("all ask: no kernel")
+    N = 11
+    score = uniform(1, 2, N * BLOCK, seed=slots) * torch.linspace(1, 0.3, N * BLOCK)  # falling: the last tiles are not full
+    idx = (kernels().ask_tokens if kernel else ask)(score.to(DEVICE), slots, memory).cpu()
+    for h in range(2):
+        tiles = score[0, h].view(N, BLOCK).tolist()
+        for n in range(N):
+            assert idx[0, h, n].tolist() == asking(tiles[n], tiles[max(0, n - memory) : n], slots)
+    assert slots == BLOCK or (idx == BLOCK).any()  # some slot is free
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search
+
+
+def search_inputs(N, H, R, P, d, seed, document_length, integers=False):
+    """Random ones whose scores matter: exp does not see all blocks alike. Integers: exact, with many equal scores."""
+    generator = torch.Generator().manual_seed(seed)
+    p, l = torch.randn(2, 1, N * BLOCK, H, d, generator=generator)  # noqa: E741
+    if integers:
+        p, l = p.round().clamp(-1, 1), l.round().clamp(-1, 1)  # noqa: E741
+    score = uniform(1, H, N * BLOCK, seed=seed)
+    asks = ask(score, R, 2)
+    return [p, l, asks, publish(uniform(1, H, N * BLOCK, seed=seed + 1), P),
+            *Documents.of(random_tokens(N * BLOCK, seed, document_length), DELIMITER)]
+
+
+def loop_search(p, l, asks, published, doc, start, local, globals_):  # noqa: E741
+    _, H, N, R = asks.shape
+    p, l = p[0].double(), l[0].double()  # noqa: E741
+    block, odds = torch.full_like(asks, -1), torch.full(asks.shape, -math.inf)
+    for h in range(H):
+        for n in range(N):
+            for r in range(R):
+                i = n * BLOCK + int(asks[0, h, n, r])
+                if i == (n + 1) * BLOCK:
+                    continue
+                scores = {}
+                for b in range(n):
+                    tokens = [j for j in (b * BLOCK + published[0, h, b].long()).tolist() if doc[j] == doc[i]]
+                    if tokens:
+                        scores[b] = (l[tokens, h] @ p[i, h]).max().item()
+                far = [b for b in scores if start[n] + globals_ <= b <= n - local]
+                if far:
+                    best = max(far, key=lambda b: (scores[b], -b))
+                    rest = sum(math.exp(s) for b, s in scores.items() if b != best)
+                    block[0, h, n, r] = best
+                    odds[0, h, n, r] = min(scores[best] - math.log(rest), MAX_LOG_ODDS) if rest else MAX_LOG_ODDS
+    return block, odds
+
+
+CASES = {  # N, heads, R, P, d, mean document, local, globals: heads and tiles that do not fill a program
+    "plain": (9, 1, 16, 16, 16, 10**6, 2, 1),
+    "documents inside blocks": (7, 2, 16, 32, 16, 300, 1, 1),
+    "short documents": (6, 1, 32, 16, 16, 90, 1, 0),
+    "wide": (12, 3, 16, 16, 32, 900, 4, 2),
+    "all ask, all publish": (5, 1, 128, 128, 16, 400, 1, 0),
+    "nothing far": (4, 1, 16, 16, 16, 500, 9, 0),
+}
+
+
+@pytest.mark.skipif(CUDA, reason="the oracle is checked on the CPU")
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_search_against_double_loops(name, integers):
+    N, H, R, P, d, length, local, globals_ = CASES[name]
+    inputs = search_inputs(N, H, R, P, d, seed=N + R, document_length=length, integers=integers)
+    found = search(inputs[0].double(), inputs[1].double(), *inputs[2:4], Documents(*inputs[4:]), scalar(local),
+                   scalar(globals_))
+    block, odds = loop_search(*inputs, local, globals_)
+    assert torch.equal(found.block_BHNR, block) and found.log_odds_BHNR.dtype == torch.float32
+    assert torch.equal(found.log_odds_BHNR.isinf(), block < 0)
+    assert torch.allclose(found.log_odds_BHNR, odds, atol=1e-5)
+    assert (block >= 0).any() == (name != "nothing far")
+
+
+KERNEL_CASES = [  # N, heads, R, P, d, mean document, local, globals, rows, columns
+    (7, 2, 32, 32, 32, 10**6, 1, 0, 128, 64),  # four tiles a program, N no multiple of it
+    (12, 1, 16, 16, 16, 10**6, 2, 1, 128, 64),
+    (9, 1, 128, 128, 16, 10**6, 3, 1, 256, 64),  # several turns a group
+    (13, 3, 32, 32, 16, 700, 1, 1, 128, 128),
+    (11, 1, 32, 64, 64, 300, 2, 2, 256, 32),
+    (14, 1, 128, 16, 32, 900, 4, 0, 256, 64),
+    (5, 1, 16, 128, 16, 60, 1, 0, 128, 64),
+    (21, 1, 16, 64, 16, 10**6, 4, 1, 128, 128),
+    (1, 1, 16, 16, 16, 300, 1, 0, 128, 64),
+]
+
+
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_search_kernel_equals_the_plain_one(case, integers):
+    N, H, R, P, d, length, local, globals_, rows, columns = case
+    p, l, *rest = search_inputs(N, H, R, P, d, sum(case[:5]), length, integers)  # noqa: E741
+    inputs = [p.to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), *(x.to(DEVICE) for x in rest), scalar(local), scalar(globals_)]
+    search_blocks, tiling = kernels().search_blocks, kernels().SearchTiling(rows, columns, 8, 2, 128)
+    block, odds = on_cpu(search_blocks(*inputs, MAX_LOG_ODDS, tiling))
+    plain_block, plain_odds = on_cpu(search_plain(*inputs))
+    assert torch.equal(block, plain_block)  # equal scores too: the lowest block
+    assert torch.equal(odds.isinf(), block < 0)
+    assert torch.allclose(odds, plain_odds, atol=1e-4)
+    again = on_cpu(search_blocks(*inputs, MAX_LOG_ODDS, tiling))
+    assert torch.equal(block, again[0]) and torch.equal(odds, again[1])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 40.0, 1e4])
+def test_search_kernel_takes_any_scale(scale):
+    """Scores of 10^9 overflow no exponential, and near blocks far above the best one cost no digits."""
+    p, l, *rest = search_inputs(9, 1, 16, 16, 16, 3, 10**6)  # noqa: E741
+    inputs = [(scale * p).to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), *(x.to(DEVICE) for x in rest), scalar(2), scalar(1)]
+    block, odds = on_cpu(kernels().search_blocks(*inputs, MAX_LOG_ODDS))
+    plain_block, plain_odds = on_cpu(search_plain(*inputs))
+    found = plain_block >= 0
+    assert torch.equal(block, plain_block) and found.any() and odds[found].isfinite().all()
+    assert torch.allclose(odds[found], plain_odds[found], rtol=1e-5, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Admission and lists
+
+
+def loop_admit(found, asks, slots, rank, pacing, memory, floor):
+    """One head: claims [(block, time)] of every tile."""
+    nths, out = [], []
+    for blocks, odds, xs in zip(*(t.tolist() for t in (*found, asks)), strict=True):
+        recent = [v for v in nths[-memory:] if v > -math.inf]
+        threshold = sum(recent) / len(recent) if recent else -math.inf
+        claims, highest = [], {}
+        for b, u, x in zip(blocks, odds, xs, strict=True):
+            if b < 0:
+                continue
+            highest[b] = max(u, highest.get(b, -math.inf))
+            free = len(claims) < slots and b not in [c for c, _ in claims]
+            if free and u > threshold + pacing * (len(claims) / rank - x / BLOCK) and u > floor:
+                claims.append((b, x))
+        best = sorted(highest.values(), reverse=True)
+        nths.append(best[rank - 1] if len(best) >= rank else -math.inf)
+        out.append(claims)
+    return out
+
+
+def random_found(N, H, R, seed, blocks=9):
+    """Found blocks as a search would leave them: unused slots at the end, some askers without a block."""
+    generator = torch.Generator().manual_seed(seed)
+    asks = ask(uniform(1, H, N * BLOCK, seed=seed), R, 2)
+    block = torch.randint(-1, blocks, asks.shape, generator=generator).int().masked_fill(asks == BLOCK, -1)
+    odds = (2 * torch.randn(asks.shape, generator=generator)).masked_fill(block < 0, -math.inf)
+    return Found(block.to(DEVICE), odds.clamp(max=MAX_LOG_ODDS).to(DEVICE)), asks.to(DEVICE)
+
+
+ADMISSIONS = [(9, 2, 16, 4, 3, 2.0, 2, -math.inf), (7, 1, 32, 16, 12, 2.0, 8, -math.inf), (12, 3, 16, 8, 6, 0.0, 3, 0.5),
+              (5, 1, 64, 2, 1, 6.0, 8, -1.0), (3, 1, 128, 32, 24, 2.0, 8, -math.inf), (4, 1, 16, 4, 20, 2.0, 8, 0.0),
+              (3, 1, 16, 1, 1, 2.0, 1, math.inf)]
+
+
+@pytest.mark.parametrize("case", ADMISSIONS)
+def test_admission_against_a_loop(case):
+    N, H, R, slots, rank, pacing, memory, floor = case
+    found, asks = random_found(N, H, R, seed=N, blocks=2 * rank)
+    claims = admit(found, asks, slots, rank, pacing, memory, floor)
+    assert [x.dtype for x in claims] == [torch.int32] * 3
+    for h in range(H):
+        rows = loop_admit(Found(*(x[0, h].cpu() for x in found)), asks[0, h].cpu(), slots, rank, pacing, memory, floor)
+        for n, row in enumerate(rows):
+            num, block, time = (x[0, h, n].cpu().tolist() for x in claims)
+            assert num == len(row) <= slots and list(zip(block, time, strict=True))[:num] == row
+            assert block[num:] == [0] * (slots - num) and time[num:] == [BLOCK] * (slots - num)
+    assert (claims.num_BHN > 0).any() == (floor < math.inf)
+
+
+@pytest.mark.parametrize("case", ADMISSIONS)
+def test_admission_kernel_equals_the_plain_one(case):
+    N, H, R, *rule = case
+    found, asks = random_found(N, H, R, seed=N + 50, blocks=2 * rule[1])
+    kernel, plain = kernels().admit_claims(*found, asks, *rule), admit_plain(*found, asks, *rule)
+    assert all(torch.equal(a, b) for a, b in zip(kernel, plain, strict=True))
+
+
+def random_claims(N, Hp, W, documents, local, globals_, seed):
+    """Claims as an admission leaves them: distinct far blocks, in ascending time."""
+    generator, start = torch.Generator().manual_seed(seed), documents.start_block_N.tolist()
+    num, block, time = torch.zeros(1, Hp, N).int(), torch.zeros(1, Hp, N, W).int(), torch.full((1, Hp, N, W), BLOCK).int()
+    for h in range(Hp):
+        for n in range(N):
+            far = torch.arange(start[n] + globals_, max(n - local, start[n] + globals_ - 1) + 1)
+            far = far[torch.randperm(len(far), generator=generator)][: int(torch.randint(W + 1, (1,), generator=generator))]
+            num[0, h, n] = len(far)
+            block[0, h, n, : len(far)] = far
+            time[0, h, n, : len(far)] = torch.randperm(BLOCK, generator=generator)[: len(far)].sort().values
+    return Claims(num, block, time)
+
+
+LISTS = [  # N, pointer heads, heads, W, mean document, local, globals, slots for both
+    (12, 2, 3, 4, 10**6, 2, 1, 3, 1), (9, 1, 1, 8, 500, 1, 2, 1, 2), (5, 3, 4, 16, 300, 4, 0, 4, 0),
+    (7, 1, 2, 4, 200, 0, 9, 2, 2), (60, 1, 2, 32, 10**6, 3, 2, 3, 2), (8, 2, 2, 2, 10**6, 9, 1, 4, 1)]
+
+
+def loop_lists(claims, start, h, n, local, globals_, local_slots, global_slots):
+    """[(block, seen from position)] of one query block."""
+    row = [(b, 0) for b in range(n, n - min(max(local, 1), local_slots), -1) if b >= start[n]]
+    anchors = range(start[n], start[n] + min(globals_, global_slots))
+    row += [(b, 0) for b in anchors if b <= n and (b, 0) not in row]
+    if h < claims.num_BHN.size(1):
+        num = claims.num_BHN[0, h, n]
+        row += zip(claims.block_BHNW[0, h, n, :num].tolist(), claims.time_BHNW[0, h, n, :num].tolist(), strict=True)
+    return row
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("case", LISTS)
+def test_lists_against_a_loop(case, kernel):
+    N, Hp, H, W, length, local, globals_, local_slots, global_slots = case
+    documents = documents_of(N, N, length)
+    reach = min(max(local, 1), local_slots), min(globals_, global_slots)
+    claims = random_claims(N, Hp, W, documents, *reach, seed=N)
+    inputs = [*(x.to(DEVICE) for x in claims), documents.start_block_N, scalar(local), scalar(globals_)]
+    if kernel:
+        lists = BlockLists(*kernels().write_lists(*inputs, local_slots, global_slots, H))
+    else:
+        lists = content_lists(Claims(*inputs[:3]), documents, *inputs[4:], local_slots, global_slots, H)
+    width = min(local_slots + global_slots + W, N)
+    assert lists.idx_BHNW.shape == (1, H, N, width) and lists.seen_BHTw.shape == (1, H, N * BLOCK, -(-width // 32))
+    seen = unpack_seen(lists.seen_BHTw, width).view(1, H, N, BLOCK, width).cpu()
+    start = documents.start_block_N.tolist()
+    for h in range(H):
+        for n in range(N):
+            num, row = int(lists.num_BHN[0, h, n]), loop_lists(claims, start, h, n, local, globals_, local_slots, global_slots)
+            assert lists.idx_BHNW[0, h, n, :num].tolist() == [b for b, _ in row] and len(dict(row)) == num
+            since = torch.tensor([t for _, t in row])
+            assert torch.equal(seen[0, h, n, :, :num], torch.arange(BLOCK)[:, None] >= since)
+            assert not seen[0, h, n, :, num:].any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The chain
+
+
+def select(p, l, asking_score, key_score, documents, counts=(16, 32), heads=3):  # noqa: E741
+    local, globals_ = scalar(2), scalar(1)
+    asks = ask(asking_score, counts[0], 2)
+    found = search(p, l, asks, publish(key_score, counts[1]), documents, local, globals_)
+    claims = admit(found, asks, 4, 3, memory=2, floor=-3.0)
+    return claims, content_lists(claims, documents, local, globals_, 2, 1, heads)
+
+
+def chain_inputs(N, H, seed, length=700):
+    generator = torch.Generator().manual_seed(seed)
+    p, l = torch.randn(2, 1, N * BLOCK, H, 16, generator=generator).to(DEVICE, DTYPE)  # noqa: E741
+    scores = (uniform(1, H, N * BLOCK, seed=seed + k).to(DEVICE) for k in range(2))
+    return [p, l, *scores], random_tokens(N * BLOCK, seed, length)
+
+
+def test_nothing_before_a_changed_token_moves():
+    """What tokens before t may read, slot by slot; the chain's lists in use, too."""
+    N, H = 12, 2
+    inputs, tokens = chain_inputs(N, H, 1)
+    other, other_tokens = chain_inputs(N, H, 5, length=200)
+    q, k, v = (torch.randn(1, 3, N * BLOCK, 16, device=DEVICE, dtype=torch.float32) for _ in range(3))
+
+    def readable(inputs, tokens, k):
+        documents = Documents.of(tokens.to(DEVICE), DELIMITER)
+        claims, lists = select(*inputs, documents)
+        assert (claims.num_BHN <= 4).all() and (lists.num_BHN <= lists.idx_BHNW.size(-1)).all()
+        out, _ = pointer_attention(q, k, v, lists, documents, scale=0.2, backend="reference")
+        width = lists.idx_BHNW.size(-1)
+        seen = unpack_seen(lists.seen_BHTw, width)
+        listed = (torch.arange(width, device=DEVICE) < lists.num_BHN[..., None]).repeat_interleave(BLOCK, 2)
+        block = torch.where(seen & listed, lists.idx_BHNW.repeat_interleave(BLOCK, 2), N)
+        return block.sort(-1).values, out, claims
+
+    before, out, claims = readable(inputs, tokens, k)
+    assert (claims.num_BHN > 0).sum() > N // 2
+    for t in (4 * BLOCK, 7 * BLOCK + 1, 8 * BLOCK + 77, 10 * BLOCK - 1):
+        later = torch.arange(N * BLOCK) >= t
+        on = later.to(DEVICE)
+        mixed = [torch.where(on[:, None, None], b, a) for a, b in zip(inputs[:2], other[:2], strict=True)]
+        mixed += [torch.where(on, b, a) for a, b in zip(inputs[2:], other[2:], strict=True)]
+        after, new_out, _ = readable(mixed, torch.where(later, other_tokens, tokens), torch.where(on[:, None], -k, k))
+        assert torch.equal(before[:, :, :t], after[:, :, :t]) and torch.equal(out[:, :, :t], new_out[:, :, :t])
+        assert not torch.equal(before[:, :, t:], after[:, :, t:])
+
+
+def test_the_chain_compiles_whole():
+    """One graph, no break; with the schedule's values as data."""
+    inputs, tokens = chain_inputs(6, 1, 2)
+    documents = Documents.of(tokens.to(DEVICE), DELIMITER)
+    plain = select(*inputs, documents)
+    compiled = torch.compile(select, fullgraph=True, backend="inductor" if CUDA else "aot_eager")(*inputs, documents)
+    for a, b in zip((*plain[0], *plain[1][:3]), (*compiled[0], *compiled[1][:3]), strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+def test_no_gradient_asks_for_one():
+    (p, l, *scores), tokens = chain_inputs(3, 1, 2)  # noqa: E741
+    _, lists = select(p.requires_grad_(), l, *scores, Documents.of(tokens.to(DEVICE), DELIMITER))
+    assert not any(x.requires_grad for x in lists[:3])
+
+
+@pytest.mark.skipif(CUDA, reason="the operators' contract is checked on the CPU")
+def test_operators_keep_the_compilers_contract():
+    (p, l, asking_score, key_score), tokens = chain_inputs(5, 2, 3)  # noqa: E741
+    documents, ops = Documents.of(tokens, DELIMITER), torch.ops.scope
+    asks, published, local, globals_ = ask(asking_score, 16), publish(key_score, 32), scalar(1), scalar(1)
+    found = search(p, l, asks, published, documents, local, globals_)
+    claims = admit(found, asks, 4, 3)
+    calls = [(ops.publish, (key_score, 32)), (ops.ask, (asking_score, 16, 8)),
+             (ops.search, (p, l, asks, published, *documents, local, globals_)),
+             (ops.admit, (*found, asks, 4, 3, 2.0, 8, 0.0)),
+             (ops.content_lists, (*claims, documents.start_block_N, local, globals_, 2, 1, 3))]
+    for operator, arguments in calls:
+        torch.library.opcheck(operator.default, arguments)
+
+
+def test_refusals():
+    (p, l, score, _), tokens = chain_inputs(2, 1, 4)  # noqa: E741
+    documents, one = Documents.of(tokens.to(DEVICE), DELIMITER), scalar(1)
+    asks, published = ask(score, 16), publish(score, 16)
+    found = search(p, l, asks, published, documents, one, one)
+    for wrong, message in [
+            (lambda: publish(score, 24), "count of published tokens 24 is none of 16, 32, 64, 128"),
+            (lambda: ask(score, 8), "slots of askers 8 is none of"),
+            (lambda: publish(score[..., :-1], 16), "255 tokens are not a multiple of the block of 128"),
+            (lambda: search(p[..., :8], l[..., :8], asks, published, documents, one, one), "last dimension one of 16, 32, 64"),
+            (lambda: search(p, l[:, :BLOCK], asks, published, documents, one, one), "must have one shape"),
+            (lambda: search(p, l, asks[:, :, :1], published, documents, one, one), r"ask is \[1, 1, 1, 16\]"),
+            (lambda: admit(found, asks, 12, 9), "12 slots for claims are no power of two of at most 32"),
+            (lambda: admit(found, asks, 64, 9), "64 slots"),
+            (lambda: admit(found, asks, 16, 0), "rank 0"),
+            (lambda: admit(found, asks[:, :, :1], 16, 12), "must have one shape"),
+            (lambda: content_lists(admit(found, asks, 4, 3), documents, one, one, 2, 1, 0), "0 attention heads"),
+            (lambda: content_lists(admit(found, asks, 4, 3), documents, one, one, 0, 1, 1), "0 local")]:
+        with pytest.raises(ValueError, match=message):
+            wrong()
