@@ -142,7 +142,7 @@ def templates(counts_V, delimiter, part):
 def _draw(generator, ids, length):
     drawn, uniform, n = [], generator.random, len(ids)
     while len(drawn) < length:
-        token = int(ids[int(uniform() * n)])
+        token = ids[int(uniform() * n)]
         if token not in drawn:
             drawn.append(token)
     return np.array(drawn, dtype=np.int64)
@@ -282,11 +282,11 @@ class _Draft:
         length, values = self.between(VALUE_LENGTHS), {}
         while len(values) < kind.values:
             value = draw_value(self, mixer.value_ids, length)
-            values[tuple(value)] = value
+            values[value.tobytes()] = value
         values = list(values.values())
         statements = [template.statement(keys[0], value) for value in values]
         links = [template.statement(key, known) for known, key in itertools.pairwise(keys)]
-        answered = template.statement(keys[-1], values[-1])
+        answered = template.statement(keys[-1], values[-1]) if links else statements[-1]
         return keys, values[-1], statements + links + [answered] * kind.questions
 
     def key(self, neighbours):

@@ -198,6 +198,7 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
             asked = found(before + key + between, heard)
             assert len(asked) == {"two values": 2, "asked twice": 2, "asked three times": 3}.get(task.kind, 1)
             links = sum(piece[-1] in keys for piece in task.pieces)
+            assert not links or (before and between)
             assert links == {"one link": 1, "two links": 2}.get(task.kind, 0)
         assert written.max() == 1 and written[0] == written[length] == 0
         assert not written[original == delimiter].any()
