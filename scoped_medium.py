@@ -988,8 +988,10 @@ def local_sequences(batch: np.ndarray, seq_len: int, device: torch.device, mix=N
 # Checkpoints
 
 def differing_settings(old: dict, new: Config, groups: tuple[str, ...]) -> list[str]:
-    return [f"{f.name.upper()} was {old.get(f.name)}, is {getattr(new, f.name)}" for f in dataclasses.fields(Config)
-            if f.metadata["group"] in groups and f.name not in RESUME_MAY_DIFFER and old.get(f.name) != getattr(new, f.name)]
+    """What an older checkpoint does not know had its default then."""
+    pairs = [(f, old.get(f.name, f.default), getattr(new, f.name)) for f in dataclasses.fields(Config)]
+    return [f"{f.name.upper()} was {was}, is {now}" for f, was, now in pairs
+            if f.metadata["group"] in groups and f.name not in RESUME_MAY_DIFFER and was != now]
 
 
 def differing_shards(old: list, new: list) -> str | None:

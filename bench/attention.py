@@ -26,6 +26,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -56,6 +57,7 @@ from model.attn_bias import (
     pointer_lists,
     window_lists,
 )
+from model.content import ContentPointers, ContentShape
 
 SCALE, B, H, D = 0.12, 1, 8, 128
 LISTS = ListShape(local_blocks=16, half_blocks=4, global_blocks=2)
@@ -116,7 +118,7 @@ class Inputs(NamedTuple):
     v_BTHD: Tensor
     grad_BTHD: Tensor
     delta_BHTM: Tensor  # tokens
-    coefficients: tuple[Tensor, ...]  # of the bias, or ()
+    coefficients: tuple[Tensor, ...]  # of the bias, landmarks, or ()
     documents: Documents
     lists: tuple | Tensor  # prepared BlockLists, or what a peer has instead
 
@@ -254,6 +256,45 @@ def listed(setting: Setting, backend: str, layout: str | None, window: bool = Fa
         both_directions=lambda x: select(x.delta_BHTM, x.documents, True))
 
 
+def content(setting: Setting, tokens: int, backend: str = "triton") -> Cell:
+    """Content pointers in a quarter of the heads: `tokens` of a block search, and as many can be found. No log-odds are too low
+    here, so on random data the threshold of the blocks before fills the lists. `ms` holds the selection too."""
+    shape = ContentShape(H // 4, D, asking=tokens, published=tokens, floor=-math.inf)
+    module = ContentPointers(shape, torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(module.w_ask, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(module.w_publish, generator=torch.Generator().manual_seed(2))
+    module = module.to(setting.device)
+    state = PointerState(*(torch.tensor(x, dtype=torch.int32, device=setting.device) for x in LISTS))
+
+    def select(marks, documents, needs_grad):
+        return prepare(module.lists(marks, documents, state, LISTS, H)[0], documents, backend=backend, needs_grad=needs_grad)
+
+    def attend(q, k, v, marks, documents):
+        lists = module.lists(marks, documents, state, LISTS, H)[0]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return pointer_attention(q, k, v, lists, documents, scale=SCALE, backend=backend)[0].transpose(1, 2)
+
+    def layer(q, k, v, documents):
+        marks = module(q, k)
+        return attend(module.fold(q, marks.p_BTPr / SCALE, 0), module.fold(k, marks.l_BTPr, 0), v, marks, documents)
+
+    inputs = setting.input_sets()
+    with torch.no_grad():
+        marks = [module(x.q_BTHD, x.k_BTHD) for x in inputs]
+    inputs = [x._replace(coefficients=m, lists=select(m, x.documents, setting.backward))
+              for x, m in zip(inputs, marks, strict=True)]
+    operator, layer = (torch.compile(f, dynamic=False, fullgraph=True) for f in (attend, layer))
+    learnt = (module.w_query, module.w_key)
+    return Cell(
+        inputs, blocks=statistics.fmean(x.lists.num_BHN.float().mean().item() for x in inputs),
+        attend=setting.run(lambda x: operator(*x[:3], x.coefficients, x.documents), lambda x: x[:3]),
+        everything=setting.run(lambda x: layer(*x[:3], x.documents), lambda x: (*x[:3], *learnt)),
+        select=lambda x: select(x.coefficients, x.documents, setting.backward),
+        both_directions=lambda x: select(x.coefficients, x.documents, True),
+        note=f"{H // 4} pointer heads, up to {shape.far_blocks} far blocks, {tokens} of {BLOCK} tokens search and are found; "
+             f"selection inside ms")
+
+
 def dense(setting: Setting, kernel: SDPBackend) -> Cell:
     def attend(x):
         with sdpa_kernel(kernel):
@@ -305,6 +346,8 @@ VARIANTS: dict[str, Callable[[Setting], Cell]] = {
     "triton": lambda s: listed(s, "triton", "append"),
     "triton_fold": lambda s: listed(s, "triton", "fold"),
     "triton_nobias": lambda s: listed(s, "triton", None),
+    "content": lambda s: content(s, ContentShape.asking),
+    "content_exact": lambda s: content(s, BLOCK),
     "flex_append": lambda s: listed(s, "flex", "append"),
     "flex_fold": lambda s: listed(s, "flex", "fold"),
     "flex_nobias": lambda s: listed(s, "flex", None),

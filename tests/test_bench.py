@@ -96,6 +96,17 @@ def test_a_cell_returns_outputs_or_every_gradient(layout, uncompiled):
             torch.testing.assert_close(alone, everything, rtol=2e-2, atol=2e-2)  # the bias is predicted anew
 
 
+def test_the_content_cell_runs_both_passes(uncompiled):
+    for backward in (False, True):
+        cell = attention.content(make_setting(40 * BLOCK, backward), 32, "reference")
+        x = cell.inputs[0]
+        alone, everything, lists = cell.attend(x), cell.everything(x), cell.select(x)
+        assert torch.equal(lists.num_BHN, x.lists.num_BHN) and (lists.num_BHN[0, 2:] <= 18).all()
+        assert (lists.num_BHN[0, :2] - lists.num_BHN[0, 2:4]).sum() > 0  # the pointer heads claimed something
+        assert [g.shape for g in everything[:3]] == [g.shape for g in alone] if backward else everything.shape == alone.shape
+        assert not backward or (len(everything) == 5 and all((g != 0).any() for g in everything))
+
+
 def test_lists_are_full_where_the_past_has_room():
     T = 64 * attention.BLOCK
     x = make_setting(T).input_sets()[0]
