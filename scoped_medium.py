@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import shards
+from data.retrieval import Mixer, count_tokens
 from eval.needle import Haystack, check_needle_shape, draw_needles, evaluate_needles
 from lifecycle import (
     PROGRESS,
@@ -107,7 +108,9 @@ class Config:
     epochs: int = _training(1, "passes over the training shards that a run may take; 0: as many as it needs", low=0)
     train_seq_len: int = _training(65536, "tokens in one training sequence", low=BLOCK)
     batch_tokens: int = _training(524288, "tokens in one optimizer step, over all processes (by accumulation)", low=BLOCK)
-    seed: int = _training(0, "seed of the weights and of the needles", low=0, high=2**63 - 1)
+    seed: int = _training(0, "seed of the weights, of the needles and of RETRIEVAL_MIX", low=0, high=2**63 - 1)
+    retrieval_mix: float = _training(0.0, "share of the training tokens that retrieval statements and questions overwrite",
+                                     low=0, high=0.5)
     cooldown_frac: float = _training(0.6, "share of the steps over which the learning rate falls to 0", low=1e-9, high=1)
     warmup_steps: int = _training(10, "untimed steps on random tokens before step 0 (compiled runs only; state restored)",
                                   low=0)
@@ -820,6 +823,8 @@ def flops_per_token(model: GPT, schedule: Schedule) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
+MIXER_COUNTS = 1 << 24  # tokens of the first training shard by which RETRIEVAL_MIX chooses its vocabulary
+
 
 def batches_in(tokens: int, batch: int) -> int:
     """Whole batches in a shard: a batch needs one token more than it has inputs, and the last part batch is dropped."""
@@ -885,11 +890,13 @@ class TokenLoader:
             shards.check_tokens(path, shards.open_shard(path), self.vocab_size)
 
 
-def local_sequences(batch: np.ndarray, seq_len: int, device: torch.device):
-    """This process's sequences of one global batch: (inputs int32 [T], targets int64 [T])."""
+def local_sequences(batch: np.ndarray, seq_len: int, device: torch.device, mix=None):
+    """This process's sequences of one global batch: (inputs int32 [T], targets int64 [T]). mix(tokens [T + 1], index of the
+    sequence in the batch) -> the tokens to take instead."""
     rank, world_size, _ = world()
     for start in range(rank * seq_len, len(batch) - 1, world_size * seq_len):
-        tokens = torch.from_numpy(batch[start : start + seq_len + 1].astype(np.int32))
+        tokens = batch[start : start + seq_len + 1]
+        tokens = torch.from_numpy((mix(tokens, start // seq_len) if mix else tokens).astype(np.int32))
         tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
         yield tokens[:-1], tokens[1:].long()
 
@@ -974,10 +981,11 @@ class Trainer:
         random.seed(config.seed)
         self.model = build_model(config, device)
         self.optimizers = make_optimizers(self.model)
-        self.train_loader = self.val_loader = None
+        self.train_loader = self.val_loader = self.mixer = None
         try:
             if config.num_iterations:
                 self.train_loader = TokenLoader(config.train_files, config.batch_tokens, config.vocab_size, config.epochs)
+                self.mixer = make_mixer(config, self.train_loader)
             if config.val_tokens:
                 self.val_loader = TokenLoader(config.val_files, config.val_tokens, config.vocab_size)
         except ValueError as error:  # shards that were sound when the run was checked
@@ -1238,6 +1246,18 @@ def check_training_data(config: Config, every_token: bool) -> TokenLoader:
     return loader
 
 
+def make_mixer(config: Config, loader: TokenLoader) -> Mixer | None:
+    """ValueError if the text of the first training shard is too poor to draw keys and values from."""
+    if not config.retrieval_mix:
+        return None
+    share, path = config.retrieval_mix, loader.paths[0]
+    counts_V = count_tokens(shards.open_shard(path)[:MIXER_COUNTS])
+    try:
+        return Mixer(share, config.seed, counts_V, config.doc_delimiter)
+    except ValueError as error:
+        raise ValueError(f"RETRIEVAL_MIX={share:g}: {path}: {error}, or set RETRIEVAL_MIX=0") from None
+
+
 def check_validation_data(config: Config, every_token: bool) -> TokenLoader:
     loader = TokenLoader(config.val_files, config.val_tokens, config.vocab_size)
     loader.check(1, 1, every_token)
@@ -1305,7 +1325,8 @@ def train(trainer: Trainer) -> None:
         schedule = trainer.schedule()
         epoch = trainer.train_loader.position["epoch"]
         batch = trainer.train_loader.next_batch()
-        loss, grad_norm = trainer.train_step(local_sequences(batch, config.train_seq_len, device))
+        mix = trainer.mixer and partial(trainer.mixer.mix, trainer.step)
+        loss, grad_norm = trainer.train_step(local_sequences(batch, config.train_seq_len, device, mix))
         trainer.step += 1
         PROGRESS.step = trainer.step
         if device.type == "cuda":
@@ -1498,6 +1519,8 @@ def run_experiment(check_only: bool) -> None:
         validation = check(check_validation_data, config, check_only, reads="VAL_TOKENS VOCAB_SIZE")
     if training and validation:
         check(check_separate, training, validation)
+    if training:
+        check(make_mixer, config, training, reads="RETRIEVAL_MIX DOC_DELIMITER SEED")
     if config.needle_eval:
         haystack = check(check_haystack, config, reads="NEEDLE_SEQ_LEN NEEDLE_DISTANCES NEEDLE_SAMPLES_PER_DISTANCE "
                                                        "NEEDLE_ANCHOR_LEN NEEDLE_VALUE_LEN DOC_DELIMITER SEED")
@@ -1527,6 +1550,8 @@ def execute(config: Config, device: torch.device, run: RunDirectory, start: Star
     trainer = Trainer(config, device, run)
     if trainer.train_loader:
         run.log(trainer.train_loader.policy(config.num_iterations))
+    if trainer.mixer:
+        run.log(trainer.mixer.policy())
     if start and not start.resumed:
         load_weights(trainer.model, start.state, start.path)
         if not config.num_iterations:  # evaluate with the schedules where the checkpoint left them

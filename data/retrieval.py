@@ -7,11 +7,18 @@ training text.
 Training and evaluation speak this one grammar with nothing in common but its form. A fixed hash of the token id, whatever
 the text, puts every token into one of four classes: keys and values of training, keys and values of evaluation. The tokens of
 templates come from the same classes, so templates are disjoint too.
+
+Of a key stated more than once, the value is that of its latest statement. The value of a link is the value of the key that it
+names, wherever that key is stated.
 """
 
 import hashlib
+import itertools
 import math
+import random
+from bisect import bisect_right
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +29,34 @@ TEMPLATE_SHAPES = {
     "train": ((1, 0), (0, 1), (1, 1), (0, 2), (2, 1), (1, 2), (3, 1), (2, 3)),
     "eval": ((1, 1), (2, 0), (2, 2), (0, 3)),
 }
+COUNT_CHUNK = 1 << 22  # tokens; bincount widens its input to int64, so this bounds memory to 32 MiB
+KEY_LENGTHS, VALUE_LENGTHS = (2, 5), (2, 8)  # tokens, both ends included
+MIN_DISTANCE = 32  # tokens between the starts of any two pieces of a task; more than the longest piece has
+LOOKALIKES = 0.2  # share of the keys that differ in their last token alone from another key of the document
+PLACE_TRIES = 16  # places that are tried for one piece
+KEY_TRIES = 16  # draws of a key that is in the sequence nowhere yet
+MAX_FAILURES = 1024  # tasks in a row that found no place: the sequence takes no more
+
+
+class Kind(NamedTuple):
+    """What a task writes before its last question: so many values of one key, a chain of so many links to it, and so many
+    questions in all."""
+
+    share: float  # of the tasks
+    values: int = 1
+    links: int = 0
+    questions: int = 1
+
+
+KINDS = {
+    "single": Kind(0.60),
+    "asked twice": Kind(0.07, questions=2),
+    "asked three times": Kind(0.03, questions=3),
+    "two values": Kind(0.10, values=2),
+    "one link": Kind(0.15, links=1),
+    "two links": Kind(0.05, links=2),
+}
+KIND_EDGES = list(itertools.accumulate(kind.share for kind in KINDS.values()))
 
 
 def token_classes(ids):
@@ -31,21 +66,30 @@ def token_classes(ids):
     return (ids ^ ((ids >> 2) * 0x9E3779B1 >> 15)) & 3
 
 
+def count_tokens(tokens):
+    """int64 [65536], occurrences of every token id in uint16 tokens, which may be memory-mapped."""
+    counts_V = np.zeros(1 << 16, dtype=np.int64)
+    for start in range(0, len(tokens), COUNT_CHUNK):
+        counts_V += np.bincount(tokens[start : start + COUNT_CHUNK], minlength=1 << 16)
+    return counts_V
+
+
 def _by_frequency(counts_V, delimiter, token_class):
     """The observed ids of a class, the delimiter left out, by falling count (ties by id): (common, middle), int64.
 
-    Of n ids, `middle` are ranks sqrt(n) to n**0.85: without the commonest, which every text is full of, and without the rare
-    tail, whose embeddings are hardly trained.
+    Of n ids, `middle` are ranks sqrt(n) to n**0.85, at least 8: without the commonest, which every text is full of, and without
+    the rare tail, whose embeddings are hardly trained.
     """
     counts_V = np.array(counts_V, dtype=np.int64)
     ids = np.arange(len(counts_V))
     counts_V[(token_classes(ids) != token_class) | (ids == delimiter)] = 0
     ranked = np.argsort(-counts_V, kind="stable")[: np.count_nonzero(counts_V)]
-    first, last = math.isqrt(len(ranked)), int(len(ranked) ** 0.85)
-    if last - first < MIN_IDS:
+    first = math.isqrt(len(ranked))
+    last = max(int(len(ranked) ** 0.85), first + MIN_IDS)
+    if last > len(ranked):
         raise ValueError(
-            f"retrieval: the text has {len(ranked)} different tokens of one of the four classes (keys and values, of training "
-            f"and of evaluation), too few for {MIN_IDS} of middle frequency; give more text"
+            f"the text has {len(ranked)} different tokens of one of the four classes (keys and values, of training and of "
+            f"evaluation), too few for {MIN_IDS} of middle frequency; give more text"
         )
     return ranked[:first], ranked[first:last]
 
@@ -90,10 +134,12 @@ def templates(counts_V, delimiter, part):
 
 
 def _draw(generator, ids, length):
-    drawn = {}  # in order
+    drawn, uniform, n = [], generator.random, len(ids)
     while len(drawn) < length:
-        drawn[int(ids[int(generator.random() * len(ids))])] = None
-    return np.array(list(drawn), dtype=np.int64)
+        token = int(ids[int(uniform() * n)])
+        if token not in drawn:
+            drawn.append(token)
+    return np.array(drawn, dtype=np.int64)
 
 
 def draw_key(generator, key_ids, length):
@@ -106,3 +152,177 @@ def draw_value(generator, value_ids, length):
     """int64 [length] tokens of value_ids, none twice; see draw_key."""
     assert length <= len(value_ids)
     return _draw(generator, value_ids, length)
+
+
+class Task(NamedTuple):
+    """Pieces (int64 token ids) and the places in the sequence where they start. The last piece is the last question with its
+    answer, and lies behind all others; it asks for the last of the keys."""
+
+    kind: str
+    document: int  # of those that are long enough
+    keys: list
+    answer: np.ndarray
+    starts: list
+    pieces: list
+
+
+class Mixer:
+    """Writes tasks over a share of the tokens of every training sequence.
+
+    What is written is a function of (seed, step, index of the sequence in the global batch, its text): the same for every
+    number of processes, and no state is kept between sequences. ValueError when the counted text is too poor.
+    """
+
+    def __init__(self, share, seed, counts_V, delimiter):
+        self.share, self.seed, self.delimiter = share, seed, delimiter
+        self.templates = templates(counts_V, delimiter, "train")
+        self.link_templates = [t for t in self.templates if len(t.between)]  # else one key would run into the other
+        keys, values = word_pools(counts_V, delimiter, "train")
+        self.key_ids, self.value_ids = keys.tolist(), values.tolist()  # lists: faster to draw from
+        self.is_key_V = np.zeros(1 << 16, dtype=bool)
+        self.is_key_V[keys] = True
+
+    def policy(self) -> str:
+        return (
+            f"retrieval mix: {self.share:.1%} of the training tokens; {len(self.key_ids)} key tokens, {len(self.value_ids)} "
+            f"value tokens, {len(self.templates)} templates; validation text is left as it is"
+        )
+
+    def mix(self, step, tokens, sequence):
+        """uint16 [T + 1], a copy of `tokens` (the inputs and, one on, the targets of a sequence) with the tasks in it.
+
+        Delimiters stay, and so do the first and the last token, which the neighbouring sequences share.
+        """
+        mixed = np.array(tokens)
+        for task in self.plan(step, tokens, sequence):
+            for start, piece in zip(task.starts, task.pieces, strict=True):
+                mixed[start : start + len(piece)] = piece
+        return mixed
+
+    def plan(self, step, tokens, sequence) -> list[Task]:
+        """The tasks that `mix` writes."""
+        draft = _Draft(self, tokens, f"retrieval mix {self.seed} {step} {sequence}")
+        left, failures = self.share * (len(tokens) - 1), 0
+        while left > 0 and failures < MAX_FAILURES:
+            task = draft.task()
+            if task is None:
+                failures += 1
+                continue
+            size, failures = sum(map(len, task.pieces)), 0
+            if size > left and draft.random() * size >= left:  # so that the share is right on average in a short sequence
+                break
+            draft.accept(task)
+            left -= size
+        return draft.tasks
+
+
+class _Draft:
+    """The tasks of one sequence while they are drawn.
+
+    A key occurs in the sequence in the pieces of its task and nowhere else: no key is part of another, the text holds none,
+    and as no piece touches a key token of the text or another piece, none comes about at its ends.
+    """
+
+    def __init__(self, mixer, tokens, name):
+        self.mixer, self.tasks = mixer, []
+        seed = hashlib.sha256(name.encode()).digest()
+        self.random = random.Random(int.from_bytes(seed, "little")).random  # this stream is the same in every release
+        last = len(tokens) - 1
+        bounds = [0, *(np.flatnonzero(tokens[1:last] == mixer.delimiter) + 1).tolist(), last]
+        self.documents = [(a + 1, b) for a, b in itertools.pairwise(bounds) if b - a - 1 > MIN_DISTANCE]
+        self.rooms = list(itertools.accumulate(end - begin - MIN_DISTANCE for begin, end in self.documents))
+        self.taken = bytearray(len(tokens))
+        self.key_T = mixer.is_key_V[tokens].tobytes()
+        pairs = np.flatnonzero(mixer.is_key_V[tokens[:-1]] & mixer.is_key_V[tokens[1:]])
+        self.text_pairs = set(zip(tokens[pairs].tolist(), tokens[pairs + 1].tolist(), strict=True))
+        self.keys, self.key_parts = set(), set()
+        self.neighbours = [[] for _ in self.documents]  # keys in each
+
+    def below(self, n):
+        """A whole number, uniform in [0, n)."""
+        return int(self.random() * n)
+
+    def between(self, ends):
+        return ends[0] + self.below(ends[1] - ends[0] + 1)
+
+    def task(self) -> Task | None:
+        """A task that fits beside those accepted, or None."""
+        if not self.rooms:
+            return None
+        place = self.below(self.rooms[-1])
+        document = bisect_right(self.rooms, place)
+        begin, end = self.documents[document]
+        question = end - (self.rooms[document] - place)
+        if self.taken[question] or self.key_T[question - 1]:  # most attempts end here
+            return None
+        name = list(KINDS)[bisect_right(KIND_EDGES, self.random() * KIND_EDGES[-1])]
+        keys, answer, pieces = self.pieces(KINDS[name], self.neighbours[document])
+        if not keys or question + len(pieces[-1]) > end or not self.free(question, len(pieces[-1])):
+            return None
+        starts = self.places(pieces[:-1], question, question - begin)
+        if not starts:
+            return None
+        values = KINDS[name].values  # statements of one key, all of one length: the latest in the text is to be the last
+        return Task(name, document, keys, answer, sorted(starts[:values]) + starts[values:] + [question], pieces)
+
+    def pieces(self, kind, neighbours):
+        """(keys, answer, pieces) of a task that has no place yet; no keys when they cannot be told from others."""
+        mixer = self.mixer
+        choice = mixer.link_templates if kind.links else mixer.templates
+        template = choice[self.below(len(choice))]
+        keys = [self.key(neighbours) for _ in range(1 + kind.links)]
+        if any(key is None for key in keys):
+            return [], None, []
+        length, values = self.between(VALUE_LENGTHS), {}
+        while len(values) < kind.values:
+            value = draw_value(self, mixer.value_ids, length)
+            values[tuple(value)] = value
+        values = list(values.values())
+        statements = [template.statement(keys[0], value) for value in values]
+        links = [template.statement(key, known) for known, key in itertools.pairwise(keys)]
+        answered = template.statement(keys[-1], values[-1])
+        return keys, values[-1], statements + links + [answered] * kind.questions
+
+    def key(self, neighbours):
+        """A key that is nowhere in the sequence, now and then one that differs from a neighbour in its last token alone."""
+        for _ in range(KEY_TRIES):
+            if neighbours and self.random() < LOOKALIKES:
+                key = neighbours[self.below(len(neighbours))].copy()
+                key[-1] = draw_key(self, self.mixer.key_ids, 1)[0]
+                if key[-1] in key[:-1]:
+                    continue
+            else:
+                key = draw_key(self, self.mixer.key_ids, self.between(KEY_LENGTHS))
+            tokens = tuple(key.tolist())
+            parts = {tokens[i:j] for i, j in itertools.combinations(range(len(tokens) + 1), 2) if j - i > 1}
+            in_text = self.text_pairs.issuperset(itertools.pairwise(tokens))  # perhaps: all its pairs are
+            if tokens not in self.key_parts and self.keys.isdisjoint(parts) and not in_text:
+                self.keys.add(tokens)
+                self.key_parts |= parts
+                return key
+        return None
+
+    def places(self, pieces, question, longest):
+        """Starts of the pieces, each at a log-uniform distance of up to `longest` before the question; [] if one has none."""
+        starts = []
+        for piece in pieces:
+            for _ in range(PLACE_TRIES):
+                start = question - int(MIN_DISTANCE * ((longest + 1) / MIN_DISTANCE) ** self.random())
+                apart = all(abs(start - other) >= MIN_DISTANCE for other in starts)
+                if apart and self.free(start, len(piece)):
+                    break
+            else:
+                return []
+            starts.append(start)
+        return starts
+
+    def free(self, start, length):
+        """Whether a piece may lie there: on no other piece and next to none, nor to a key token of the text."""
+        end = start + length
+        return not self.key_T[start - 1] and not self.key_T[end] and self.taken.find(1, start - 1, end + 1) < 0
+
+    def accept(self, task):
+        self.tasks.append(task)
+        for start, piece in zip(task.starts, task.pieces, strict=True):
+            self.taken[start : start + len(piece)] = b"\1" * len(piece)
+        self.neighbours[task.document].extend(task.keys)

@@ -5,9 +5,10 @@ A sample of `seq_len` tokens is a slice of one held-out document, over which two
     delimiter  text ...  ANCHOR VALUE  ... text ...  ANCHOR VALUE
                                 ^------- distance -------^ answer_start
 
-The last VALUE is scored. Anchor and value tokens come from disjoint sets of mid-frequency tokens and the anchor occurs
-nowhere else, so nothing but the first copy tells the answer. One forward pass scores it: every answer token being the
-argmax under teacher forcing is the same event as greedy decoding giving the whole value.
+The last VALUE is scored. Anchor and value tokens come from disjoint sets of mid-frequency tokens, and training never writes
+them (data/retrieval.py). The anchor occurs nowhere else, so nothing but the first copy tells the answer. One forward pass
+scores it: every answer token being the argmax under teacher forcing is the same event as greedy decoding giving the whole
+value.
 
 The model stays outside: `evaluate_needles` is given a function that scores one sequence.
 """
@@ -19,10 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.retrieval import count_tokens, word_pools
 from data.shards import document_spans, open_shard
 
-MIN_IDS = 8  # anchors and values each need this many tokens to choose from
-COUNT_CHUNK = 1 << 22  # tokens; bincount widens its input to int64, so this bounds memory to 32 MiB
 MAX_DRAWS = 1000  # attempts at an anchor that the haystack does not hold already
 
 
@@ -68,27 +68,6 @@ def check_needle_shape(seq_len, distances, anchor_len, value_len):
     return problems
 
 
-def needle_vocabulary(counts, delimiter):
-    """Disjoint (anchor_ids, value_ids), int64, of mid-frequency tokens, from held-out token counts [vocabulary].
-
-    The n observed ids other than the delimiter are ranked by falling count (ties by id); ranks sqrt(n) to n**0.85 are
-    dealt alternately. That leaves out the commonest tokens, which every haystack is full of, and the rare tail, whose
-    embeddings are hardly trained. ValueError when either set would hold fewer than 8 ids.
-    """
-    counts = np.array(counts, dtype=np.int64)
-    if delimiter < len(counts):
-        counts[delimiter] = 0
-    ranked = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
-    middle = ranked[math.isqrt(len(ranked)) : int(len(ranked) ** 0.85)]
-    anchor_ids, value_ids = middle[0::2], middle[1::2]
-    if len(value_ids) < MIN_IDS:
-        raise ValueError(
-            f"needle: the held-out text has {len(ranked)} different tokens, too few for {MIN_IDS} anchors and {MIN_IDS} "
-            "values of middle frequency; give NEEDLE_FILES with more text"
-        )
-    return anchor_ids, value_ids
-
-
 class Haystack:
     """Held-out shards seen as documents. Tokens stay memory-mapped; only counts and document bounds are held.
 
@@ -102,9 +81,12 @@ class Haystack:
             raise ValueError("needle: no held-out shards; set NEEDLE_FILES")
         self.delimiter = delimiter
         self.shards = [open_shard(path) for path in self.paths]
-        self.counts_V = sum(map(_count_tokens, self.shards))
+        self.counts_V = sum(map(count_tokens, self.shards))
         self.documents_N3 = np.concatenate([_document_texts(i, t, delimiter) for i, t in enumerate(self.shards)])
-        self.anchor_ids, self.value_ids = needle_vocabulary(self.counts_V, delimiter)
+        try:
+            self.anchor_ids, self.value_ids = word_pools(self.counts_V, delimiter, "eval")
+        except ValueError as error:
+            raise ValueError(f"needle: {error}, by NEEDLE_FILES") from None
 
     def documents(self, length):
         """Rows of documents_N3 whose text has at least `length` tokens."""
@@ -126,13 +108,6 @@ class Haystack:
                     f"needle: NEEDLE_{name}_LEN={length} needs as many different tokens, the held-out text offers {len(ids)}: "
                     f"set a smaller NEEDLE_{name}_LEN, or NEEDLE_FILES with more text"
                 )
-
-
-def _count_tokens(tokens):
-    counts = np.zeros(1 << 16, dtype=np.int64)
-    for start in range(0, len(tokens), COUNT_CHUNK):
-        counts += np.bincount(tokens[start : start + COUNT_CHUNK], minlength=1 << 16)
-    return counts
 
 
 def _document_texts(shard, tokens, delimiter):

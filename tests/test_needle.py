@@ -12,14 +12,13 @@ import typing
 import numpy as np
 import pytest
 
-from eval import needle as needle_module
+from data import retrieval
 from eval.needle import (
     Haystack,
     build_sample,
     chance_level,
     check_needle_shape,
     evaluate_needles,
-    needle_vocabulary,
     wilson_interval,
 )
 
@@ -28,6 +27,7 @@ SHAPE = {"seq_len": 2048, "anchor_len": 4, "value_len": 8, "seed": 7}
 DISTANCES = [12, 100, 1024, 2035]
 LONG_TEXTS = [inspect.getsource(module).encode() for module in (argparse, typing, inspect)]
 SHORT_TEXTS = [text[:300] for text in LONG_TEXTS]
+EVERY_BYTE = bytes(range(256))  # enough for anchors and values, too short for a sample
 
 
 def write_bytes_shard(path, documents, delimiter=DELIMITER):
@@ -128,39 +128,22 @@ def test_samples_do_not_depend_on_call_order_or_global_state(haystack, paths):
 
 
 def test_a_seed_names_the_same_sample_on_every_machine(tmp_path):
-    text = bytes((i * i + 7 * (i // 13)) % 97 for i in range(6000))
+    text = bytes((i * i + 7 * (i // 13)) % 251 for i in range(6000))
     haystack = Haystack([write_bytes_shard(tmp_path / "t.bin", [text])], DELIMITER)
     sample = build_sample(haystack, seq_len=512, distance=200, index=3, anchor_len=4, value_len=8, seed=11)
     digest = hashlib.sha256(sample.tokens_T.astype("<i8").tobytes()).hexdigest()
-    assert digest[:16] == "925a17ce485995c6"
+    assert digest[:16] == "5c54c3bb7992d1c1"
 
 
-def test_vocabulary_against_brute_force():
-    rng = np.random.default_rng(0)
-    counts = rng.integers(0, 30, 500)
-    counts[256] = 10**6
-    anchors, values = needle_vocabulary(counts, 256)
-    observed = sorted((i for i in range(500) if counts[i] and i != 256), key=lambda i: (-counts[i], i))
-    n = len(observed)
-    middle = [token for rank, token in enumerate(observed) if math.floor(n**0.5) <= rank < math.floor(n**0.85)]
-    assert anchors.tolist() == middle[0::2] and values.tolist() == middle[1::2]
-    assert not set(anchors) & set(values) and 256 not in {*anchors, *values}
-
-
-def test_vocabulary_refuses_poor_text(tmp_path):
-    def sizes(n):
-        return [len(ids) for ids in needle_vocabulary(np.ones(n), n)]
-
-    enough = next(n for n in range(1, 200) if int(n**0.85) - math.isqrt(n) >= 16)
-    assert min(sizes(enough)) >= 8
-    with pytest.raises(ValueError, match=f"{enough - 1} different tokens.*NEEDLE_FILES"):
-        sizes(enough - 1)
-    with pytest.raises(ValueError, match="2 different tokens"):
+def test_vocabulary_is_that_of_evaluation(haystack, tmp_path):
+    expected = retrieval.word_pools(haystack.counts_V, DELIMITER, "eval")
+    assert [haystack.anchor_ids.tolist(), haystack.value_ids.tolist()] == [ids.tolist() for ids in expected]
+    with pytest.raises(ValueError, match="different tokens.*NEEDLE_FILES"):
         Haystack([write_bytes_shard(tmp_path / "ab.bin", [b"ab" * 5000])], DELIMITER)
 
 
 def test_counts_do_not_depend_on_chunks(paths, monkeypatch):
-    monkeypatch.setattr(needle_module, "COUNT_CHUNK", 1000)
+    monkeypatch.setattr(retrieval, "COUNT_CHUNK", 1000)
     counts = Haystack(paths, DELIMITER).counts_V
     every = b"".join(LONG_TEXTS + SHORT_TEXTS)
     assert counts[:256].tolist() == [every.count(bytes([i])) for i in range(256)]
@@ -210,7 +193,7 @@ def test_shape_problems_name_the_setting(haystack, arguments, said):
 
 def test_a_document_that_just_fills_the_sequence(tmp_path):
     text = LONG_TEXTS[0][:1023]
-    path = write_bytes_shard(tmp_path / "exact.bin", [SHORT_TEXTS[0], text])
+    path = write_bytes_shard(tmp_path / "exact.bin", [EVERY_BYTE, text])
     haystack = Haystack([path], DELIMITER)
     sample = build_sample(haystack, **{**SHAPE, "seq_len": 1024}, distance=12, index=0)
     assert bytes(sample.tokens_T[1 : 1024 - 24].tolist()) == text[: 1024 - 25]
@@ -219,12 +202,12 @@ def test_a_document_that_just_fills_the_sequence(tmp_path):
 
 
 def test_a_shard_that_opens_in_mid_document(tmp_path):
-    path = write_bytes_shard(tmp_path / "cut.bin", [LONG_TEXTS[0][1:1200], SHORT_TEXTS[0]])
+    path = write_bytes_shard(tmp_path / "cut.bin", [LONG_TEXTS[0][1:1200], EVERY_BYTE])
     raw = np.fromfile(path, dtype="<u2")
     raw[512] = LONG_TEXTS[0][0]  # in place of the first delimiter
     raw.tofile(path)
     haystack = Haystack([path], DELIMITER)
-    assert haystack.documents_N3.tolist() == [[0, 0, 1200], [0, 1201, 1201 + len(SHORT_TEXTS[0])]]
+    assert haystack.documents_N3.tolist() == [[0, 0, 1200], [0, 1201, 1201 + len(EVERY_BYTE)]]
     sample = build_sample(haystack, **{**SHAPE, "seq_len": 1201}, distance=12, index=0)
     assert sample.tokens_T[0] == DELIMITER and bytes(sample.tokens_T[1:1001].tolist()) == LONG_TEXTS[0][:1000]
 
@@ -247,10 +230,10 @@ def test_lengths_that_the_text_cannot_serve(haystack):
 
 def test_anchor_that_occurs_is_drawn_again(tmp_path):
     """Half of the one-token anchors occur in the only document that is long enough."""
-    present = bytes(i for i in range(64) if i % 4 < 2)
-    elsewhere = bytes(i for i in range(64) if i % 4 >= 2)
+    present = bytes(i for i in range(128) if i % 8 < 4)
+    elsewhere = bytes(i for i in range(128) if i % 8 >= 4)
     haystack = Haystack(
-        [write_bytes_shard(tmp_path / "t.bin", [present * 26, elsewhere * 13, elsewhere * 13])], DELIMITER
+        [write_bytes_shard(tmp_path / "t.bin", [present * 13, elsewhere * 7, elsewhere * 7])], DELIMITER
     )
     assert 0 < len(set(haystack.anchor_ids.tolist()) & set(present)) < len(haystack.anchor_ids)
     for index in range(20):
