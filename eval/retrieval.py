@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import scoped_medium as scope
 from data import shards
-from data.retrieval import draw_key, draw_value, templates, word_pools
+from data.retrieval import draw_key, draw_value, templates
 from eval.needle import Haystack, chance_level, generator, occurrences, wilson_interval
 from lifecycle import (
     WEIGHT_KEYS,
@@ -59,6 +59,7 @@ STATED_VALUES = (2, 4)  # statements of the one key of multivalue
 HOPS = (1, 2, 4)
 PAIRS = {"mqar": 16, "dense": 64}
 TAILS = (128, 4096)  # scored tokens at the end of a sequence: few numbers, as each is a compiled graph
+GAP = 8  # least tokens of text behind a statement: in training statements do not touch either
 MAX_DRAWS = 1000  # attempts at keys that the text does not hold already
 RANK_TIMEOUT = 7200  # seconds that a process waits for the others, which may have a million-token sample more to do
 COLUMNS = ("task", "variant", "length", "low", "high", "n", "contexts", "texts", "stitched", "exact_match", "exact_match_low",
@@ -218,7 +219,7 @@ class Library:
         for path, tokens in zip(self.haystack.paths, self.haystack.shards, strict=True):
             shards.check_tokens(path, tokens, vocab_size)
         self.delimiter = delimiter
-        self.key_ids, self.value_ids = word_pools(self.haystack.counts_V, delimiter, "eval")
+        self.key_ids, self.value_ids = self.haystack.anchor_ids, self.haystack.value_ids
         self.templates = templates(self.haystack.counts_V, delimiter, "eval")
         for name, ids in (("key_length", self.key_ids), ("value_length", self.value_ids)):
             if getattr(settings, name) > len(ids):
@@ -291,13 +292,23 @@ class Library:
                 made, asked = [Statement(template(), key(), value()) for _ in range(number)], draw.permutation(number).tolist()
         return made, [(made[i].question, i) for i in asked]
 
+    def check_size(self, cell: Cell) -> None:
+        """ValueError unless the longest statements and questions that a cell may have leave some text at its length."""
+        if cell.task == "gain":
+            return
+        longest = self.settings.key_length + max(self.settings.key_length, self.settings.value_length)
+        longest += max(len(t.before) + len(t.between) for t in self.templates)
+        statements = 1 + int(cell.high) if cell.task in ("multikey", "tracking") else math.ceil(cell.high)
+        statements, questions = (1 if cell.task in ("single", "depth") else statements), PAIRS.get(cell.task, 1)
+        needed = 1 + statements * (longest + GAP) + questions * longest
+        if needed >= cell.length:
+            raise ValueError(f"{cell.task} at length {cell.length}: statements and questions take up to {needed} tokens: take "
+                             f"larger --lengths, or leave the task out")
+
     def places(self, cell: Cell, draw, made: list[Statement], end: int, answer: int) -> list[int]:
         """Starts of the statements, in order and apart from each other, before `end`; `answer` is the first scored position."""
-        sizes = [len(s.tokens) for s in made]
+        sizes = [len(s.tokens) + GAP for s in made]
         room = end - 1 - sum(sizes)
-        if room < 0:
-            raise ValueError(f"{cell.task} at length {cell.length}: statements and questions take "
-                             f"{cell.length - end + sum(sizes)} tokens: take a larger length, or leave the task out")
         if cell.task == "single":
             before = len(made[0].question)  # tokens of the statement before its value
             low, high = max(cell.low, answer - (end - sizes[0] + before)), min(cell.high, answer - (1 + before))
@@ -470,8 +481,9 @@ def clustered_wilson(clusters: list) -> tuple[float, float]:
     """
     clusters = [np.asarray(c, dtype=np.float64) for c in clusters]
     n, share = sum(map(len, clusters)), float(np.concatenate(clusters).mean())
-    variance = clustered_variance([c - share for c in clusters], n)
-    worth = min(max(share * (1 - share) / variance, len(clusters)), n) if variance else len(clusters)
+    variance, worth = clustered_variance([c - share for c in clusters], n), len(clusters)
+    if worth > 1 and 0 < share < 1:
+        worth = min(max(share * (1 - share) / variance, worth), n) if variance else n
     return wilson_interval(share * worth, worth)
 
 
@@ -619,9 +631,10 @@ def check_held_out(state: dict, text: list) -> None:
 
 
 def check_samples(library: Library) -> list[Cell]:
-    """The cells, after the first sample of each was made."""
+    """The cells, after all of them were found to fit and the first sample of each was made."""
     cells = library.cells()
     for cell in cells:
+        library.check_size(cell)
         library.sample(cell, 0)
     return cells
 
