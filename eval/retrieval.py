@@ -522,7 +522,7 @@ def retrieval_row(cell: Cell, records: list[dict], blind: float, first: bool = F
     swapped = [[s - n for s, n in zip(r["swapped_nats"], r["nats"], strict=True)][:end] for r in records if r["swapped_nats"]]
     gains = [gain for context in swapped for gain in context]
     return asdict(cell) | dict(
-        variant=f"{cell.variant}, first question" if first else cell.variant, n=len(answers), contexts=len(records),
+        variant=f"first of {cell.variant}" if first else cell.variant, n=len(answers), contexts=len(records),
         texts=len({r["text"] for r in records}), stitched=int(any(r["stitched"] for r in records)),
         exact_match=float(np.mean([e for context in exact for e in context])), exact_match_low=low, exact_match_high=high,
         first_token_accuracy=float(answers[:, 0].mean()), token_accuracy=float(answers.mean()),
