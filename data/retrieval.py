@@ -24,7 +24,7 @@ import numpy as np
 
 MIN_IDS = 8  # keys and values each need this many tokens to choose from
 CLASSES = {"train": (0, 1), "eval": (2, 3)}  # keys, values
-# (before, between) tokens of every template. Where `between` is empty a link would run one key into another.
+# (before, between) tokens of every template.
 TEMPLATE_SHAPES = {
     "train": ((1, 0), (0, 1), (1, 1), (0, 2), (2, 1), (1, 2), (3, 1), (2, 3)),
     "eval": ((1, 1), (2, 0), (2, 2), (0, 3)),
@@ -111,6 +111,12 @@ class Template:
     before: np.ndarray
     between: np.ndarray
 
+    @property
+    def links(self):
+        """Whether it serves for links: one key must not run into the other, nor may the key that a link names look like the
+        start of a statement."""
+        return len(self.before) > 0 and len(self.between) > 0
+
     def statement(self, key, value):
         """The tokens that say that `key` has this value; the value of a link is another key."""
         return np.concatenate([self.before, key, self.between, value])
@@ -136,7 +142,7 @@ def templates(counts_V, delimiter, part):
 def _draw(generator, ids, length):
     drawn, uniform, n = [], generator.random, len(ids)
     while len(drawn) < length:
-        token = int(ids[int(uniform() * n)])
+        token = ids[int(uniform() * n)]
         if token not in drawn:
             drawn.append(token)
     return np.array(drawn, dtype=np.int64)
@@ -176,7 +182,7 @@ class Mixer:
     def __init__(self, share, seed, counts_V, delimiter):
         self.share, self.seed, self.delimiter = share, seed, delimiter
         self.templates = templates(counts_V, delimiter, "train")
-        self.link_templates = [t for t in self.templates if len(t.between)]  # else one key would run into the other
+        self.link_templates = [template for template in self.templates if template.links]
         keys, values = word_pools(counts_V, delimiter, "train")
         self.key_ids, self.value_ids = keys.tolist(), values.tolist()  # lists: faster to draw from
         self.is_key_V = np.zeros(1 << 16, dtype=bool)
@@ -276,11 +282,11 @@ class _Draft:
         length, values = self.between(VALUE_LENGTHS), {}
         while len(values) < kind.values:
             value = draw_value(self, mixer.value_ids, length)
-            values[tuple(value)] = value
+            values[value.tobytes()] = value
         values = list(values.values())
         statements = [template.statement(keys[0], value) for value in values]
         links = [template.statement(key, known) for known, key in itertools.pairwise(keys)]
-        answered = template.statement(keys[-1], values[-1])
+        answered = template.statement(keys[-1], values[-1]) if links else statements[-1]
         return keys, values[-1], statements + links + [answered] * kind.questions
 
     def key(self, neighbours):
@@ -307,7 +313,8 @@ class _Draft:
         starts = []
         for piece in pieces:
             for _ in range(PLACE_TRIES):
-                start = question - int(MIN_DISTANCE * ((longest + 1) / MIN_DISTANCE) ** self.random())
+                distance = int(MIN_DISTANCE * ((longest + 1) / MIN_DISTANCE) ** self.random())
+                start = question - min(distance, longest)  # rounding
                 apart = all(abs(start - other) >= MIN_DISTANCE for other in starts)
                 if apart and self.free(start, len(piece)):
                     break

@@ -1,0 +1,378 @@
+"""The grammar of statements and questions, and the mixer that writes them over training text, against a reader that knows
+nothing of how they were written."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import random
+import typing
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import scoped_medium as S
+from data.retrieval import KINDS, Mixer, draw_key, draw_value, templates, token_classes, word_pools
+from data.shards import write_shard
+
+GPT2, BYTES = 50256, 256  # delimiters
+BYTE_TEXT = "".join(inspect.getsource(module) for module in (typing, dataclasses, inspect, os)).encode()
+
+
+def zipf(n, seed, vocabulary=50256):
+    """n tokens whose counts fall as one over their rank; which id has which rank is the same for every seed."""
+    share = 1 / np.arange(1, vocabulary + 1)
+    order = np.random.default_rng(99).permutation(vocabulary)
+    return order[np.random.default_rng(seed).choice(vocabulary, n, p=share / share.sum())].astype(np.uint16)
+
+
+def counts_of(tokens):
+    return np.bincount(tokens, minlength=1 << 16)
+
+
+COUNTS = {GPT2: counts_of(zipf(1 << 21, 5)), BYTES: counts_of(np.frombuffer(BYTE_TEXT, dtype=np.uint8))}
+
+
+def sequence(delimiter, length, documents, seed=0):
+    """uint16 [length + 1] tokens with so many delimiters, the last part of one document in front of them."""
+    rng = np.random.default_rng(seed)
+    if delimiter == GPT2:
+        tokens = zipf(length + 1, seed)
+    else:
+        start = rng.integers(len(BYTE_TEXT) - length)
+        tokens = np.frombuffer(BYTE_TEXT, dtype=np.uint8)[start : start + length + 1].astype(np.uint16)
+    tokens[(np.linspace(0.3, documents + 0.3, documents, endpoint=False) * length / (documents + 1)).astype(int)] = delimiter
+    return tokens
+
+
+@functools.cache
+def mixer(delimiter, share=0.1, seed=0):
+    return Mixer(share, seed, COUNTS[delimiter], delimiter)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grammar
+
+
+def test_classes_never_change():
+    """A token that changed its class would be of training in one checkpoint and of evaluation in the next."""
+    assert token_classes([0, 1, 2, 3, 97, 98, 99, 100, 256, 257, 31373, 50255]).tolist() == [0, 1, 2, 3, 3, 0, 1, 1, 0, 1, 3, 2]
+    classes = token_classes(np.arange(1 << 16)).reshape(-1, 4)
+    assert (np.sort(classes, axis=1) == range(4)).all()
+    by_place = np.stack([np.bincount(classes[:, place], minlength=4) for place in range(4)])
+    assert abs(by_place / (1 << 14) - 0.25).max() < 0.02
+
+
+@pytest.mark.parametrize("delimiter", [GPT2, BYTES])
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_pools_against_brute_force(delimiter, part):
+    counts = COUNTS[delimiter].copy()
+    counts[delimiter] = 10**9
+    common = []
+    for ids, token_class in zip(word_pools(counts, delimiter, part), {"train": (0, 1), "eval": (2, 3)}[part], strict=True):
+        observed = [i for i in range(1 << 16) if counts[i] and i != delimiter and token_classes(i) == token_class]
+        observed.sort(key=lambda i: (-counts[i], i))
+        first, last = math.floor(len(observed) ** 0.5), math.floor(len(observed) ** 0.85)
+        assert ids.tolist() == observed[first : max(last, first + 8)] and len(ids) >= 8
+        common += observed[:first]
+    for template in templates(counts, delimiter, part):
+        assert {*template.before, *template.between} <= set(common)
+
+
+@pytest.mark.parametrize("texts", list(itertools.product([GPT2, BYTES], repeat=2)))
+def test_training_and_evaluation_share_nothing(texts):
+    """Whatever texts the two parts are given: keys, values and words of templates are six disjoint sets."""
+    sets, whole = [], {}
+    for part, text in zip(("train", "eval"), texts, strict=True):
+        sets += [set(ids.tolist()) for ids in word_pools(COUNTS[text], text, part)]
+        made = [(tuple(t.before), tuple(t.between)) for t in templates(COUNTS[text], text, part)]
+        sets.append({word for before, between in made for word in (*before, *between)})
+        assert len(made) == len(set(made)) == {"train": 8, "eval": 4}[part]
+        assert all(0 < len(before) + len(between) and max(len(before), len(between)) <= 3 for before, between in made)
+        whole[part] = set(made)
+    assert sum(map(len, sets)) == len(set.union(*sets))
+    assert not whole["train"] & whole["eval"]
+
+
+def test_poor_text_is_refused():
+    ids = np.arange(1 << 16)
+    for part, classes in (("train", (0, 1)), ("eval", (2, 3))):
+        for poor in classes:
+            few = ids[token_classes(ids) == poor][:10]
+            counts = (token_classes(ids) != poor).astype(int)
+            counts[few] = 1
+            with pytest.raises(ValueError, match="10 different tokens of one of the four classes.*more text"):
+                word_pools(counts, 1 << 16, part)
+            counts[ids[token_classes(ids) == poor][:11]] = 1  # ranks 3 to 10
+            assert min(map(len, word_pools(counts, 1 << 16, part))) == 8
+
+
+@pytest.mark.parametrize("generator", [random.Random(3), np.random.RandomState(3), np.random.default_rng(3)])
+@pytest.mark.parametrize("draw", [draw_key, draw_value])
+def test_draws_are_uniform_and_never_repeat(generator, draw):
+    ids = np.array([5, 50000, 7, 9, 11, 13, 2, 1])
+    drawn = np.array([draw(generator, ids, 3) for _ in range(4000)])
+    assert drawn.dtype == np.int64 and all(len(set(row)) == 3 for row in drawn.tolist())
+    for place in range(3):
+        seen = collections.Counter(drawn[:, place].tolist())
+        assert seen.keys() == set(ids.tolist()) and all(abs(n - 500) < 5 * 500**0.5 for n in seen.values())
+    assert sorted(draw(generator, ids, 8).tolist()) == sorted(ids.tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixer, against a reader of the finished tokens
+
+
+def parse(piece, keys, values):
+    """(before, key, between, what follows) of a piece, by the classes of its tokens alone."""
+    kinds = "".join("k" if t in keys else "v" if t in values else "." for t in piece)
+    groups = [(kind, len(list(group))) for kind, group in itertools.groupby(kinds)]
+    shape = "".join(kind for kind, _ in groups)
+    assert shape in ("kv", ".kv", "k.v", ".k.v", ".k.k"), shape
+    ends = [0, *itertools.accumulate(n for _, n in groups)]
+    parts = [piece[a:b] for a, b in itertools.pairwise(ends)]
+    before = parts.pop(0) if shape[0] == "." else []
+    between = parts.pop(1) if len(parts) == 3 else []
+    return before, parts[0], between, parts[1]
+
+
+def found(pattern, tokens):
+    return [i for i in range(len(tokens) - len(pattern) + 1) if tokens[i : i + len(pattern)] == pattern]
+
+
+def answer_by_reading(document, before, key, between, keys, length, depth=0):
+    """What `document` (the text before the question) says of `key`: the latest statement counts, links are followed."""
+    assert depth < 4
+    asked = before + key + between
+    place = max(found(asked, document)) + len(asked)
+    named = list(itertools.takewhile(keys.__contains__, document[place:]))
+    if named:
+        return answer_by_reading(document, before, named, between, keys, length, depth + 1)
+    return document[place : place + length]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize(
+    ("delimiter", "length", "documents"), [(GPT2, 8192, 3), (BYTES, 8192, 2), (GPT2, 1999, 12), (BYTES, 640, 0)]
+)
+def test_every_question_is_answered_earlier_in_its_document(delimiter, length, documents, share):
+    mix = mixer(delimiter, share)
+    keys, values = set(mix.key_ids), set(mix.value_ids)
+    kinds = collections.Counter()
+    for step in range(3 if share == 0.5 else 8):
+        original = sequence(delimiter, length, documents, seed=step)
+        mixed, plan = mix.mix(step, original, 1), mix.plan(step, original, 1)
+        assert mixed.dtype == np.uint16 and plan
+        bounds = [0, *(i for i in range(1, length) if original[i] == delimiter), length]
+        written = np.zeros(length + 1, dtype=int)
+        tokens = mixed.tolist()
+        for task in plan:
+            kinds[task.kind] += 1
+            begin = max(b for b in bounds if b < task.starts[-1]) + 1
+            end = min(b for b in bounds if b > task.starts[-1])
+            lengths = [len(piece) for piece in task.pieces]
+            assert len(task.starts) == len(lengths)
+            assert all(begin <= start and start + n <= end for start, n in zip(task.starts, lengths, strict=True))
+            assert all(start + 32 <= task.starts[-1] for start in task.starts[:-1])
+            for start, n, piece in zip(task.starts, lengths, task.pieces, strict=True):
+                written[start : start + n] += 1
+                assert tokens[start : start + n] == piece.tolist()
+            question = tokens[task.starts[-1] : task.starts[-1] + lengths[-1]]
+            before, key, between, answer = parse(question, keys, values)
+            assert 2 <= len(key) == len(set(key)) <= 5 and 2 <= len(answer) == len(set(answer)) <= 8
+            assert answer == task.answer.tolist() and key == task.keys[-1].tolist()
+            # The key is where the task wrote it and nowhere else in the document, nor in the sequence.
+            mentions = [start + place for start, piece in zip(task.starts, task.pieces, strict=True)
+                        for place in found(key, piece.tolist())]
+            assert found(key, tokens) == sorted(mentions)
+            heard = tokens[begin : task.starts[-1]]
+            assert answer_by_reading(heard, before, key, between, keys, len(answer)) == answer
+            asked = found(before + key + between, heard)
+            assert len(asked) == {"two values": 2, "asked twice": 2, "asked three times": 3}.get(task.kind, 1)
+            links = sum(piece[-1] in keys for piece in task.pieces)
+            assert not links or (before and between)
+            assert links == {"one link": 1, "two links": 2}.get(task.kind, 0)
+        assert written.max() == 1 and written[0] == written[length] == 0
+        assert not written[original == delimiter].any()
+        assert (mixed == original)[written == 0].all()
+    assert length < 8000 or kinds.keys() == KINDS.keys()
+
+
+@pytest.mark.parametrize("delimiter", [GPT2, BYTES])
+def test_a_sequence_is_a_function_of_seed_step_and_index(delimiter):
+    text = sequence(delimiter, 4096, 2)
+    cells = list(itertools.product((0, 5), (0, 1, 7), (0, 3)))  # seed, step, index
+    made = {cell: mixer(delimiter, seed=cell[0]).mix(cell[1], text, cell[2]).tobytes() for cell in cells}
+    assert len(set(made.values())) == len(cells)
+    random.Random(1).shuffle(cells)
+    for cell in cells:  # a mixer of its own, as in a resumed run, and a global state of its own
+        random.seed(cell[1])
+        np.random.seed(cell[1])
+        fresh = Mixer(0.1, cell[0], COUNTS[delimiter], delimiter)
+        assert fresh.mix(np.int64(cell[1]), text, np.int64(cell[2])).tobytes() == made[cell]
+
+
+def test_the_text_given_stays_as_it_is():
+    text = sequence(GPT2, 4096, 2)
+    text.flags.writeable = False  # as np.frombuffer gives it
+    kept = text.copy()
+    assert (mixer(GPT2).mix(0, text, 0) != text).any() and (text == kept).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_share_the_sequences_of_one(world_size, monkeypatch):
+    batch, seq_len, mix = sequence(GPT2, 5 * 512, 3), 512, functools.partial(mixer(GPT2, 0.3).mix, 4)
+    seen = {}
+    for rank in range(world_size):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        for i, (inputs, targets) in enumerate(S.local_sequences(batch, seq_len, torch.device("cpu"), mix)):
+            assert torch.equal(inputs[1:].long(), targets[:-1])
+            seen[rank + i * world_size] = inputs.tolist() + [int(targets[-1])]
+    assert sorted(seen) == list(range(5))
+    for i, tokens in seen.items():
+        plain = batch[i * seq_len : (i + 1) * seq_len + 1]
+        assert tokens == mix(plain, i).tolist() and tokens != plain.tolist()
+        assert tokens[0] == plain[0] and tokens[-1] == plain[-1]  # the same in the sequence next to it
+
+
+@pytest.mark.parametrize(("delimiter", "share"), [(GPT2, 0.02), (GPT2, 0.1), (GPT2, 0.5), (BYTES, 0.1), (BYTES, 0.5)])
+def test_share(delimiter, share):
+    text = sequence(delimiter, 16384, 2)
+    size = sum(len(piece) for task in mixer(delimiter, share).plan(0, text, 0) for piece in task.pieces)
+    assert size / 16384 == pytest.approx(share, rel=0.2, abs=80 / 16384)  # the last task may exceed it
+    short = sequence(delimiter, 512, 0)
+    sizes = [sum(len(piece) for task in mixer(delimiter, share).plan(s, short, 0) for piece in task.pieces) for s in range(400)]
+    assert np.mean(sizes) / 512 == pytest.approx(share, rel=0.2)
+
+
+@functools.cache
+def many_tasks():
+    return [task for step in range(40) for task in mixer(GPT2, 0.05).plan(step, sequence(GPT2, 16384, 0, seed=1), 0)]
+
+
+def test_distances_spread_over_all_scales():
+    single = [task.starts[-1] - task.starts[0] for task in many_tasks() if task.kind == "single"]
+    octaves = np.bincount(np.log2(np.array(single) / 32).astype(int), minlength=9) / len(single)
+    assert min(single) >= 32 and len(octaves) == 9
+    # A question uniform in [32, 16384), then a distance log-uniform below its place.
+    expected = np.mean([np.diff(np.clip(np.log(2.0 ** np.arange(10)), 0, top)) / top
+                        for top in np.log(np.arange(33, 16384) / 32)], axis=0)
+    assert abs(octaves - expected).max() < 0.035 and expected.min() > 0.02
+
+
+def test_kinds_and_lookalikes_come_in_their_shares():
+    tasks = many_tasks()
+    assert sum(kind.share for kind in KINDS.values()) == pytest.approx(1)
+    for name, kind in KINDS.items():
+        share = sum(task.kind == name for task in tasks) / len(tasks)
+        assert abs(share - kind.share) < 5 * math.sqrt(kind.share / len(tasks)), name
+    keys = [tuple(key.tolist()) for task in mixer(GPT2, 0.05).plan(0, sequence(GPT2, 65536, 0), 0) for key in task.keys]
+    stems = collections.Counter(key[:-1] for key in keys)
+    alike = sum(n - 1 for stem, n in stems.items()) / len(keys)
+    assert 0.1 < alike < 0.3
+    assert {len(key) for key in keys} == {2, 3, 4, 5}
+
+
+def test_documents_too_short_are_left_alone():
+    text = zipf(4097, 3)
+    text[::33] = GPT2  # 32 tokens between delimiters
+    assert (mixer(GPT2, 0.5).mix(0, text, 0) == text).all()
+    text[33 * 20 : 33 * 60] = zipf(33 * 40, 4)  # one long document among them
+    changed = np.flatnonzero(mixer(GPT2, 0.05).mix(0, text, 0) != text)
+    assert len(changed) and 33 * 19 < changed.min() and changed.max() < 33 * 60
+    for length in (1, 2, 33, 34, 40):
+        tiny = zipf(length + 1, length)
+        mixer(GPT2, 0.5).mix(0, tiny, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+SMALL = dict(VOCAB_SIZE=257, DOC_DELIMITER=BYTES, NUM_LAYERS=3, NUM_HEADS=2, HEAD_DIM=32, MODEL_DIM=64, TRAIN_SEQ_LEN=512,
+             BATCH_TOKENS=1024, VAL_SEQ_LEN=512, VAL_TOKENS=1024, NUM_ITERATIONS=6, CHECKPOINT_EVERY=3, VAL_LOSS_EVERY=0)
+
+
+@pytest.fixture
+def settings(tmp_path, one_thread_on_cpu):
+    write_shard(tmp_path / "train.bin", sequence(BYTES, 12000, 9, seed=3))
+    write_shard(tmp_path / "poor.bin", np.arange(12000) % 20)
+    write_shard(tmp_path / "val.bin", sequence(BYTES, 4000, 3, seed=4))
+    return SMALL | dict(TRAIN_FILES=tmp_path / "train.bin", VAL_FILES=tmp_path / "val.bin", LOG_DIR=tmp_path / "logs")
+
+
+def main(variables, *arguments):
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in variables.items()}, clear=True):
+        S.main(list(arguments))
+
+
+def losses(settings, name, key="train_loss"):
+    lines = (settings["LOG_DIR"] / name / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r[key] for r in map(json.loads, lines) if key in r}
+
+
+def test_a_mixed_run_resumes_bitwise_and_leaves_validation_alone(settings, monkeypatch):
+    main(settings | dict(RUN_NAME="whole", RETRIEVAL_MIX=0.1))
+    log = (settings["LOG_DIR"] / "whole" / "log.txt").read_text()
+    assert "retrieval mix: 10.0% of the training tokens" in log and "8 templates" in log
+    validated = []
+    local_sequences = S.local_sequences
+
+    class Killed(BaseException):
+        pass
+
+    def watched(batch, seq_len, device, mix=None):
+        validated.append(mix is None)
+        if len(validated) == 5:  # in the fifth step
+            raise Killed
+        return local_sequences(batch, seq_len, device, mix)
+
+    part = settings | dict(RUN_NAME="parts", RETRIEVAL_MIX=0.1, RESUME="auto")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(S, "local_sequences", watched)
+        main(part)
+    assert not any(validated)
+    main(part)
+    whole = losses(settings, "whole")
+    assert losses(settings, "parts") == whole and len(whole) == 6
+    states = [torch.load(settings["LOG_DIR"] / name / "state_step000006.pt", weights_only=True)["model"]
+              for name in ("whole", "parts")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    evaluation = settings | dict(NUM_ITERATIONS=0, LOAD_CHECKPOINT=settings["LOG_DIR"] / "whole" / "state_step000006.pt")
+    for share in (0, 0.4):
+        main(evaluation | dict(RUN_NAME=f"evaluated_{share}", RETRIEVAL_MIX=share))
+        value = losses(settings, f"evaluated_{share}", "val_loss")
+        assert list(value.values()) == list(losses(settings, "whole", "val_loss").values())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(RETRIEVAL_MIX=0.6), "RETRIEVAL_MIX=0.6: must be at least 0 and at most 0.5"),
+        (dict(RETRIEVAL_MIX=-0.1), "RETRIEVAL_MIX=-0.1: must be at least 0"),
+        (dict(RETRIEVAL_MIX="few"), "RETRIEVAL_MIX=few: must be a number"),
+        (dict(RETRIEVAL_MIX=0.1, TRAIN_FILES="poor.bin"), "RETRIEVAL_MIX=0.1: {}/poor.bin: the text has 5 different tokens"),
+    ],
+)
+def test_refusals(settings, tmp_path, change, said):
+    variables = settings | change
+    variables["TRAIN_FILES"] = tmp_path / variables["TRAIN_FILES"]
+    for arguments in ([], ["--check"]):
+        with pytest.raises(SystemExit) as stopped, contextlib.redirect_stderr(io.StringIO()) as err:
+            main(variables, *arguments)
+        assert stopped.value.code == 1 and err.getvalue().count("\n") == 1
+        assert err.getvalue().startswith("error: ") and said.format(tmp_path) in err.getvalue()
+    assert not (tmp_path / "logs").exists()
+
+
+def test_another_share_is_another_configuration():
+    old = dataclasses.asdict(S.Config(retrieval_mix=0.05))
+    assert S.differing_settings(old, S.Config(retrieval_mix=0.1), S.RESUME_MUST_MATCH) == ["RETRIEVAL_MIX was 0.05, is 0.1"]
