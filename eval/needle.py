@@ -137,13 +137,13 @@ class NeedleSample:
     index: int
 
 
-def _generator(*key):
+def generator(*key):
     """Generator that depends on nothing but its key. RandomState: NumPy keeps that stream the same in every release."""
     digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
     return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
 
 
-def _occurrences(tokens, pattern):
+def occurrences(tokens, pattern):
     """Every start at which `pattern` lies in `tokens`."""
     starts = np.flatnonzero(tokens[: len(tokens) - len(pattern) + 1] == pattern[0])
     for offset in range(1, len(pattern)):
@@ -157,18 +157,18 @@ def draw_needle(haystack, *, seq_len, index, anchor_len, value_len, seed):
     Every long enough document is equally likely, so that one huge document does not crowd out the others. ValueError
     when no drawn anchor is absent from the text.
     """
-    place = _generator("needle text", seq_len, index, seed)
+    place = generator("needle text", seq_len, index, seed)
     documents = haystack.documents(seq_len - 1)
     shard, start, end = map(int, documents[place.randint(len(documents), dtype=np.int64)])
     start += int(place.randint(end - start - (seq_len - 1) + 1, dtype=np.int64))
     text = haystack.shards[shard][start : start + seq_len - 1]
-    draw = _generator("needle tokens", seq_len, index, seed)
+    draw = generator("needle tokens", seq_len, index, seed)
     value = draw.choice(haystack.value_ids, value_len, replace=False)
     # Anchor tokens differ among themselves and from value tokens, so an anchor absent from the text is absent from the
     # finished sample too, but for its two copies.
     for _ in range(MAX_DRAWS):
         anchor = draw.choice(haystack.anchor_ids, anchor_len, replace=False)
-        if len(_occurrences(text, anchor)) == 0:
+        if len(occurrences(text, anchor)) == 0:
             return Needle(text, anchor, value, index)
     raise ValueError(
         f"needle: {MAX_DRAWS} anchors of {anchor_len} tokens all occur in the held-out text of {seq_len} tokens; "

@@ -34,10 +34,11 @@ class SearchTiling(NamedTuple):
     warps: int
     stages: int
     registers: int  # a thread's at most, so that several programs share a processor: one multiplies, another compares
+    hold: bool  # the askers in registers rather than in shared memory, whose reads limit narrow dot products
 
 
-SEARCH = SearchTiling(rows=256, columns=64, warps=8, stages=3, registers=128)
-SEARCH_SMALL = SearchTiling(rows=128, columns=64, warps=8, stages=3, registers=80)
+SEARCH = SearchTiling(rows=256, columns=64, warps=8, stages=3, registers=128, hold=False)
+SEARCH_SMALL = SearchTiling(rows=128, columns=64, warps=8, stages=3, registers=80, hold=False)
 SMALL = 512  # fewer programs of the large tiling than this would leave processors idle
 
 
@@ -146,13 +147,14 @@ def _update(best, best_group, rest, s, group, better):
     """One more block a lane: the smaller of its score and the best so far goes to the sum over the rest, which is relative
     to the best. One exponential."""
     fade = tl.exp2(-tl.abs(s - best) * LOG2_E)
-    return tl.maximum(best, s), tl.where(better, group, best_group), rest * tl.where(better, fade, 1.0) + fade
+    return tl.maximum(best, s), tl.where(better, group, best_group), tl.fma(rest, tl.where(better, fade, 1.0), fade)
 
 
 @triton.jit
 def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, local_ptr, globals_ptr, block_ptr, odds_ptr,
                    T, H, N, G, most, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
-                   COLUMNS: tl.constexpr, STEP: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+                   COLUMNS: tl.constexpr, STEP: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+                   HOLD: tl.constexpr):
     """Best far block and its log-odds for M askers of M / R tiles. Longest programs first, the heads beside each other."""
     bh, part = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     b, h = bh // H, bh % H
@@ -164,14 +166,20 @@ def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, loca
     d = tl.arange(0, D)
     q = tl.load(p_ptr + ((b.to(tl.int64) * T + at) * H + h)[:, None] * D + d[None, :], mask=(at < T)[:, None], other=0.0)
 
-    # Blocks from `begin` on are searched by some asker; groups [open_, close) are far for all and of their one document.
+    if HOLD:  # the result of a tensor core need not go through shared memory to become an operand
+        q = tl.dot(q, (d[:, None] == d[None, :]).to(q.dtype)).to(q.dtype)
+
+    # Blocks from `begin` on are searched by some asker. Groups [open_, close) are far for all askers; they come first, and
+    # without masks if all tokens of the tiles are of one document. The order of the sums must not depend on that: a later
+    # tile's new document would move the rounding of an earlier one's.
     local, globals_ = tl.load(local_ptr), tl.load(globals_ptr)
     begin = tl.load(start_ptr + first_n)
     one_document = tl.load(doc_ptr + first_n * BLOCK) == tl.load(doc_ptr + last_n * BLOCK + BLOCK - 1)
     first_group, last_group = begin // Q, (last_n + Q - 1) // Q
     open_ = tl.minimum((begin + tl.maximum(globals_, 1) + Q - 1) // Q, last_group)
     close = tl.maximum(tl.maximum(first_n - tl.maximum(local, 1) + 1, 0) // Q, open_)
-    close = tl.where(one_document, close, open_)
+    middle = close - open_
+    unmasked = tl.where(one_document, middle, 0)
 
     first_row = bh * G * (Q * P)
     STEPS: tl.constexpr = Q * P // STEP
@@ -179,7 +187,7 @@ def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, loca
     best_group = tl.full([M, Q], -1, tl.int32)
     rest = tl.zeros([M, Q], tl.float32)  # sum over the other far blocks of exp(s - best)
     highest = best  # of the group so far
-    for i in tl.range(open_ * STEPS, close * STEPS, num_stages=STAGES):
+    for i in tl.range(open_ * STEPS, (open_ + unmasked) * STEPS, num_stages=STAGES):
         s = _maxima(q, q, l_desc, key_doc_ptr, first_row + i * STEP, False, COLUMNS, M, Q)
         for j in tl.static_range(COLUMNS, STEP, COLUMNS):
             s = tl.maximum(s, _maxima(q, q, l_desc, key_doc_ptr, first_row + i * STEP + j, False, COLUMNS, M, Q))
@@ -198,8 +206,9 @@ def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, loca
     lane = tl.arange(0, Q)
     near = tl.full([M, Q], NOTHING, tl.float32)  # maximum over the past blocks that are not far
     near_sum = tl.zeros([M, Q], tl.float32)  # sum of exp(s - near)
-    for i in range(first_group, last_group - (close - open_)):
-        group = tl.where(i < open_, i, i + close - open_)
+    for i in range(unmasked, last_group - first_group):
+        group = first_group + i - middle  # before the middle, or the middle itself, or behind it
+        group = tl.where(i < middle, open_ + i, tl.where(group < open_, group, group + middle))
         s = tl.full([M, Q], float("-inf"), tl.float32)
         for j in range(0, Q * P, COLUMNS):
             s = tl.maximum(s, _maxima(q, q_doc, l_desc, key_doc_ptr, first_row + group * (Q * P) + j, True, COLUMNS, M, Q))
@@ -249,7 +258,7 @@ def search_blocks(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP
     _search_kernel[(B * H, triton.cdiv(N * R, tiling.rows))](
         p_BTHd.contiguous(), ask_BHNR.contiguous(), TensorDescriptor.from_tensor(keys, [columns, D]), key_doc, doc_id_T,
         start_block_N, local, globals_, block, odds, T, H, N, G, most, R, P, D, tiling.rows, columns, step, GROUP, BLOCK,
-        tiling.stages, num_warps=tiling.warps, maxnreg=tiling.registers)
+        tiling.stages, tiling.hold, num_warps=tiling.warps, maxnreg=tiling.registers)
     return block, odds
 
 
@@ -328,9 +337,10 @@ def _lists_kernel(claims_ptr, claim_ptr, time_ptr, start_ptr, local_ptr, globals
     block = tl.where(slot < band, n - slot, tl.where(slot < fixed, start + slot - band, block))
     tl.store(num_ptr + row, fixed + claims)
     tl.store(idx_ptr + row * WIDTH + slot, block, mask=slot < WIDTH)
-    x, i = tl.arange(0, BLOCK), tl.arange(0, W)
-    time = tl.load(time_ptr + claims_row * W + i, mask=i < claims, other=BLOCK)
-    seen = fixed + tl.sum((time[None, :] <= x[:, None]).to(tl.int32), 1)  # claims are in token order: a leading run
+    x = tl.arange(0, BLOCK)
+    seen = tl.zeros([BLOCK], tl.int32) + fixed  # claims are in token order: a token sees a leading run of the slots
+    for i in range(claims):
+        seen += (tl.load(time_ptr + claims_row * W + i) <= x).to(tl.int32)
     WORDS: tl.constexpr = (WIDTH + 31) // 32
     for word in tl.static_range(WORDS):
         bits = tl.minimum(tl.maximum(seen - 32 * word, 0), 32)

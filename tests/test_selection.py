@@ -173,7 +173,7 @@ def test_search_kernel_equals_the_plain_one(case, integers):
     N, H, R, P, d, length, local, globals_, rows, columns = case
     p, l, *rest = search_inputs(N, H, R, P, d, sum(case[:5]), length, integers)  # noqa: E741
     inputs = [p.to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), *(x.to(DEVICE) for x in rest), scalar(local), scalar(globals_)]
-    search_blocks, tiling = kernels().search_blocks, kernels().SearchTiling(rows, columns, 8, 2, 128)
+    search_blocks, tiling = kernels().search_blocks, kernels().SearchTiling(rows, columns, 8, 2, 128, hold=integers)
     block, odds = on_cpu(search_blocks(*inputs, MAX_LOG_ODDS, tiling))
     plain_block, plain_odds = on_cpu(search_plain(*inputs))
     assert torch.equal(block, plain_block)  # equal scores too: the lowest block
@@ -181,6 +181,42 @@ def test_search_kernel_equals_the_plain_one(case, integers):
     assert torch.allclose(odds, plain_odds, atol=1e-4)
     again = on_cpu(search_blocks(*inputs, MAX_LOG_ODDS, tiling))
     assert torch.equal(block, again[0]) and torch.equal(odds, again[1])
+
+
+@pytest.mark.parametrize("N,R,opens,local,globals_",
+                         [(16, 16, 4 * BLOCK + 60, 1, 0), (8, 128, 0, 0, 0), (16, 32, 8 * BLOCK, 0, 3)])
+def test_search_kernel_where_its_masks_end(N, R, opens, local, globals_):
+    """The last block that needs a mask is the first of a group: the rest of the group does not."""
+    p, l, asks, published, *_ = search_inputs(N, 1, R, 16, 16, 7, 10**6)  # noqa: E741
+    documents = Documents.of(torch.where(torch.arange(N * BLOCK) == opens, DELIMITER, 0), DELIMITER)
+    inputs = [p.to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), *(x.to(DEVICE) for x in (asks, published, *documents)),
+              scalar(local), scalar(globals_)]
+    kernel = on_cpu(kernels().search_blocks(*inputs, MAX_LOG_ODDS, kernels().SEARCH_SMALL))
+    plain = on_cpu(search_plain(*inputs))
+    assert torch.equal(kernel[0], plain[0]) and torch.allclose(kernel[1], plain[1], atol=1e-4)
+
+
+def test_search_kernel_rounds_alike_whatever_comes_later():
+    """Tiles share a program: a document that opens in a later one must not change a digit of what an earlier one finds."""
+    N, R = 48, 16
+    p, l, asks, published, *documents = (x.to(DEVICE) for x in search_inputs(N, 1, R, 16, 16, 7, 10**6))  # noqa: E741
+    doc = documents[0]
+    t = 45 * BLOCK + 50
+    later = torch.arange(N * BLOCK, device=DEVICE) >= t
+    tokens = torch.where(later & (torch.arange(N * BLOCK, device=DEVICE) % 100 == 0), DELIMITER, 0)
+
+    def found(p, l, documents):  # noqa: E741
+        return kernels().search_blocks(p.to(DTYPE), l.to(DTYPE), asks, published, *documents, scalar(2), scalar(1),
+                                       MAX_LOG_ODDS, kernels().SEARCH_SMALL)
+
+    p = p / 4  # many blocks of like weight, whose sum has digits to lose
+    before = found(p, l, documents)
+    p, l = (torch.where(later[:, None, None], -x, x) for x in (p, l))  # noqa: E741
+    after = found(p, l, Documents.of(tokens, DELIMITER))
+    assert doc[0] == doc[-1] and Documents.of(tokens, DELIMITER).id_T[-1] > 2
+    early = torch.arange(N, device=DEVICE)[:, None] * BLOCK + asks < t
+    assert all(torch.equal(a[early], b[early]) and not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert (before[0][early] >= 0).sum() > 10 * R
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 40.0, 1e4])

@@ -1,0 +1,287 @@
+"""Draw retrieval evaluations from the summary.csv that eval/retrieval.py leaves behind.
+
+    python eval/plot_retrieval.py logs/run/retrieval                        # writes its pictures into that directory
+    python eval/plot_retrieval.py logs/*/retrieval --output logs/compare    # one line a model, named by its directory
+
+Each as PNG and SVG: depth (exact match by length and depth, colours from 0 to 1, a panel a model), distance (exact match and
+nats against distance, a column a length), tasks (exact match by length), gain (what more context is worth). Bands and bars are
+95 % intervals, a dashed vertical line is the training length. What no directory holds is left out.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+GREY = "0.45"
+PANEL = 3.4  # inches
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito, for all eyes
+MARKERS = "osD^vPX"
+OTHER_TASKS = ("multikey", "multivalue", "tracking", "mqar", "dense")
+
+
+def read_summary(directory: Path) -> list[dict]:
+    """Rows of a summary.csv: text stays text, empty cells are None, all else numbers."""
+
+    def value(name, text):
+        return text if name in ("task", "variant") else float(text) if text else None
+
+    path = directory / "summary.csv"
+    with path.open(newline="") as file:
+        rows = [{name: value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+    if not rows:
+        raise ValueError(f"{path} has no rows: let eval/retrieval.py finish first")
+    return rows
+
+
+def tokens(number: float) -> str:
+    """8k, 64k, 1M: as people say lengths that are powers of two."""
+    for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def of_task(rows: list[dict], task: str) -> list[dict]:
+    return [row for row in rows if row["task"] == task]
+
+
+def lengths_of(models: dict, tasks) -> list[float]:
+    return sorted({row["length"] for rows in models.values() for row in rows if row["task"] in tasks})
+
+
+def train_lengths(models: dict) -> set[float]:
+    return {row["train_length"] for rows in models.values() for row in rows}
+
+
+def stretch(values: list) -> str:
+    """'100' or '20 to 100', for a title."""
+    low, high = int(min(values)), int(max(values))
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def log_axis(axes, ticks: list) -> None:
+    """Base 2, with these tokens as ticks; every second one where they would touch."""
+    ticks = sorted(set(ticks))
+    axes.set_xscale("log", base=2)
+    ticks = ticks[:: 1 + (len(ticks) - 1) // 6]
+    axes.set_xticks(ticks, [tokens(t) for t in ticks], fontsize=8)
+    axes.minorticks_off()
+
+
+def style(number: int) -> dict:
+    return dict(color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.5)
+
+
+def finish(axes, **labels) -> None:
+    axes.set(**labels)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend(figure, axes, columns: int = 5) -> None:
+    """One for all panels, below them."""
+    entries = {}
+    for panel in axes:
+        entries |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(columns, len(entries)), frameon=False)
+
+
+def draw_depth(plt, models: dict):
+    """Length across, depth down; the numbers are what the colours say."""
+    lengths = lengths_of(models, ["depth"])
+    models = {name: of_task(rows, "depth") for name, rows in models.items() if of_task(rows, "depth")}
+    if not models:
+        return None
+    edges = column_edges(lengths)
+    width = max(PANEL, 1.2 + 0.8 * len(lengths))
+    figure, axes = plt.subplots(1, len(models), figsize=(width * len(models) + 0.9, 4.4), layout="constrained", squeeze=False)
+    for panel, (name, rows) in zip(axes[0], models.items(), strict=True):
+        for row in rows:
+            column, share = lengths.index(row["length"]), row["exact_match"]
+            mesh = panel.pcolormesh(edges[column : column + 2], [row["low"], row["high"]], [[share]], vmin=0, vmax=1,
+                                    cmap="viridis")
+            panel.text(row["length"], (row["low"] + row["high"]) / 2, f"{share:.2f}", ha="center",
+                       va="center", fontsize=7, color="black" if share > 0.55 else "white",
+                       bbox=dict(facecolor=mesh.cmap(share), edgecolor="none", pad=1))  # above the training length's line
+        log_axis(panel, lengths)
+        mean, n = sum(row["exact_match"] for row in rows) / len(rows), stretch([row["n"] for row in rows])
+        panel.set(title=f"{name}\nEM {mean:.3f}, n = {n} a cell", xlabel="context length, tokens", ylim=(1, 0),
+                  xlim=(edges[0], edges[-1]), ylabel="depth of the needle, share of the context")
+        trained = rows[0]["train_length"]
+        if edges[0] <= trained <= edges[-1]:
+            panel.axvline(trained, color="red", linestyle="--", linewidth=1.5, label="training length")
+    legend(figure, axes[0])
+    figure.colorbar(mesh, ax=axes, label="exact match")
+    return figure
+
+
+def column_edges(lengths: list) -> list[float]:
+    """Edges of the columns of rising lengths on a logarithmic axis: half way to the neighbours."""
+    middles = [(low * high) ** 0.5 for low, high in zip(lengths, lengths[1:], strict=False)] or [lengths[0] * 2**0.5]
+    first, last = lengths[0] ** 2 / middles[0], lengths[-1] ** 2 / middles[-1]
+    return [first, *middles, last] if len(lengths) > 1 else [first, middles[0]]
+
+
+def draw_distance(plt, models: dict):
+    lengths = lengths_of(models, ["single"])
+    if not lengths:
+        return None
+    figure, axes = plt.subplots(2, len(lengths), figsize=(max(PANEL * len(lengths), 5.5), 6.4), layout="constrained",
+                                sharex="col", sharey="row", squeeze=False)
+    for column, length in enumerate(lengths):
+        top, bottom = axes[:, column]
+        shown = {name: [r for r in of_task(rows, "single") if r["length"] == length] for name, rows in models.items()}
+        edges, counts = set(), []
+        for number, (name, rows) in enumerate(shown.items()):
+            if not rows:
+                continue
+            rows = sorted(rows, key=lambda r: r["low"])
+            x = [(r["low"] * r["high"]) ** 0.5 for r in rows]
+            top.plot(x, [r["exact_match"] for r in rows], label=name, **style(number))
+            top.fill_between(x, [r["exact_match_low"] for r in rows], [r["exact_match_high"] for r in rows], alpha=0.2,
+                             color=style(number)["color"], linewidth=0)
+            bottom.plot(x, [r["nats"] for r in rows], **style(number))
+            edges |= {edge for r in rows for edge in (r["low"], r["high"])}
+            counts += [r["n"] for r in rows]
+            blind = rows[0]["chance"]
+        top.axhline(blind, linestyle=":", color=GREY, label="chance")
+        for panel in (top, bottom):
+            mark_training(panel, models, max(edges))
+            log_axis(panel, sorted(edges)[1:-1] or list(edges))
+        finish(top, title=f"{tokens(length)} tokens, n = {stretch(counts)} a point", ylim=(-0.03, 1.03),
+               ylabel="exact match" if not column else "")
+        finish(bottom, xlabel="distance of the needle, tokens", ylabel="nats per answer token" if not column else "")
+        bottom.set_ylim(bottom=0)
+    legend(figure, axes[0])
+    return figure
+
+
+def mark_training(axes, models: dict, longest: float) -> None:
+    for trained in train_lengths(models):
+        if trained <= longest:
+            axes.axvline(trained, color=GREY, linestyle="--", linewidth=1, label="training length")
+
+
+def draw_tasks(plt, models: dict):
+    """A panel a task and variant, exact match by context length."""
+    lengths = lengths_of(models, OTHER_TASKS)
+    panels = list(dict.fromkeys((r["task"], r["variant"]) for task in OTHER_TASKS for rows in models.values()
+                                for r in of_task(rows, task)))
+    if not panels:
+        return None
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    figure, axes = plt.subplots(down, across, figsize=(max(PANEL * across, 5.5), 2.7 * down + 0.5), layout="constrained",
+                                sharex=True, sharey=True, squeeze=False)
+    for panel, (task, variant) in zip(axes.flat, panels, strict=False):
+        chances = {}
+        for number, (name, rows) in enumerate(models.items()):
+            rows = sorted((r for r in rows if (r["task"], r["variant"]) == (task, variant)), key=lambda r: r["length"])
+            if not rows:
+                continue
+            x, y = [r["length"] for r in rows], [r["exact_match"] for r in rows]
+            bars = [[max(0, r["exact_match"] - r["exact_match_low"]) for r in rows],
+                    [max(0, r["exact_match_high"] - r["exact_match"]) for r in rows]]
+            panel.errorbar(x, y, yerr=bars, capsize=2, label=name, **style(number))
+            chances |= {r["length"]: r["chance"] for r in rows}
+        panel.plot(chances.keys(), chances.values(), linestyle=":", color=GREY, marker="_", label="chance")
+        mark_training(panel, models, max(lengths))
+        log_axis(panel, lengths)
+        finish(panel, title=f"{task}: {variant}", ylim=(-0.03, 1.03))
+    for panel in axes.flat[len(panels) :]:
+        panel.set_visible(False)
+    for number, panel in enumerate(axes.flat[: len(panels)]):
+        if number + across >= len(panels):
+            panel.xaxis.set_tick_params(labelbottom=True)
+            panel.set_xlabel("context length, tokens")
+        if number % across == 0:
+            panel.set_ylabel("exact match")
+    legend(figure, axes.flat[: len(panels)])
+    return figure
+
+
+def draw_gain(plt, models: dict):
+    """Bars are 1.96 standard errors, clustered by text; a set of targets a panel."""
+    sets = lengths_of(models, ["gain"])
+    if not sets:
+        return None
+    figure, axes = plt.subplots(1, len(sets), figsize=(max(4.6 * len(sets), 6), 4.4), layout="constrained", squeeze=False)
+    for panel, longest in zip(axes[0], sets, strict=True):
+        contexts, notes = set(), set()
+        for number, (name, rows) in enumerate(models.items()):
+            rows = sorted((r for r in of_task(rows, "gain") if r["length"] == longest), key=lambda r: r["low"])
+            own, other = ([r for r in rows if r["variant"].startswith(which)] for which in ("own", "other"))
+            base = [r for r in own if r["context_gain"] == 0][:1]
+            control = dict(linestyle="--", markerfacecolor="white")
+            for part, kind, looks in ((own, "", {}), (base + other, ", far context of another book", control)):
+                if len(part) > 1:
+                    bars = [1.96 * (r["context_gain_se"] or 0) for r in part]
+                    panel.errorbar([r["low"] for r in part], [r["context_gain"] for r in part], yerr=bars, capsize=2,
+                                   label=name + kind, **style(number) | looks)
+            contexts |= {r["low"] for r in rows}
+            notes |= {(int(r["n"]), int(r["texts"])) for r in rows}
+        mark_training(panel, models, max(contexts))
+        panel.axhline(0, color=GREY, linewidth=0.8)
+        log_axis(panel, list(contexts))
+        n, texts = (stretch([note[i] for note in notes]) for i in (0, 1))
+        finish(panel, title=f"n = {n} targets of {texts} texts", xlabel="context before the targets, tokens",
+               ylabel="loss with base context - loss, nats per token")
+    legend(figure, axes[0], columns=2)
+    return figure
+
+
+PICTURES = {"depth": draw_depth, "distance": draw_distance, "tasks": draw_tasks, "gain": draw_gain}
+
+
+def names(directories: list[Path]) -> list[str]:
+    """Each directory without what all begin and end with: logs/a/retrieval, logs/b/retrieval are a and b."""
+    parts = [directory.resolve().parts for directory in directories]
+    if len(parts) == 1:
+        return [parts[0][-2] if parts[0][-1] == "retrieval" and len(parts[0]) > 2 else parts[0][-1]]
+    while len({p[-1] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    while len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    return ["/".join(p) for p in parts]
+
+
+def draw(directories: list[Path], output: Path) -> list[Path]:
+    """Write all pictures into the directory `output`; returns the PNGs."""
+    if len({directory.resolve() for directory in directories}) < len(directories):
+        raise ValueError("a directory is named twice")
+    models = dict(zip(names(directories), map(read_summary, directories), strict=True))
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for picture, make in PICTURES.items():
+        figure = make(plt, models)
+        if figure is not None:
+            written.append(output / f"retrieval_{picture}.png")
+            figure.savefig(written[-1], dpi=130)
+            figure.savefig(written[-1].with_suffix(".svg"))
+            plt.close(figure)
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"error: {message}")
+    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="with a summary.csv")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: the first directory)")
+    args = parser.parse_args()
+    try:
+        written = draw(args.directories, args.output or args.directories[0])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(f"{path} and .svg" for path in written))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,551 @@
+"""The retrieval evaluation: samples against a brute-force reading of their tokens, scorers of known ability, the command."""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import scoped_medium as S
+from data.retrieval import templates, token_classes
+from data.shards import find_shards, write_shard
+from eval import retrieval as R
+from eval.needle import wilson_interval
+
+ROOT = Path(S.__file__).resolve().parent
+DELIMITER = 256
+KEY, VALUE = 3, 4
+SETTINGS = R.Settings(lengths=(512, 2048), samples=3, key_length=KEY, value_length=VALUE, depth_bins=2,
+                      contexts=(256, 512, 1024, 2048), base_context=512, targets=256)
+OPTIONS = ["--key-length", "3", "--value-length", "4", "--depth-bins", "2", "--contexts", "256,512,1024", "--base-context",
+           "512", "--targets", "256"]
+SMALL = ["--lengths", "640,1024", "--tasks", "multikey,mqar,gain", "--samples", "2"]
+MODEL = dict(VOCAB_SIZE=257, DOC_DELIMITER=DELIMITER, NUM_LAYERS=3, NUM_HEADS=2, HEAD_DIM=32, MODEL_DIM=64, TRAIN_SEQ_LEN=512,
+             BATCH_TOKENS=1024, VAL_TOKENS=0, NUM_ITERATIONS=3, SPECTRAL_BIAS=1, SPECTRAL_L_MAX=4096,
+             SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_LOCAL_BLOCKS=1, SPECTRAL_POINTER_HALF_BLOCKS=1)
+
+pytestmark = pytest.mark.usefixtures("one_thread_on_cpu")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Harness
+
+
+def text(lengths, seed):
+    """Documents of these many tokens, each token leaning on the one before."""
+    rng = np.random.default_rng(seed)
+    steps = [rng.choice([1, 3, 7, 60], n, p=[0.4, 0.3, 0.2, 0.1]) for n in lengths]
+    return [np.cumsum(part) % 251 for part in steps]
+
+
+def write_documents(path, documents):
+    write_shard(path, np.concatenate([[DELIMITER, *document] for document in documents]))
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return [document.tolist() for document in text([3000, 700, 2600, 900], 0)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, documents):
+    """Folder of two held-out shards and a training one."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_documents(folder / "held_0.bin", documents[:2])
+    write_documents(folder / "held_1.bin", documents[2:])
+    write_documents(folder / "train.bin", text([3000, 4000], 1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def library(shards):
+    return R.Library(find_shards(shards / "held_*.bin"), DELIMITER, 257, SETTINGS)
+
+
+def cells(library, *tasks):
+    return [cell for cell in library.cells() if cell.task in tasks and not (cell.task in R.PAIRS and cell.length < 2048)]
+
+
+class Reading:
+    """Every statement and question in a sequence, found by trying every template at every place."""
+
+    def __init__(self, tokens_T, library):
+        self.tokens = tokens = tokens_T.tolist()
+        keys, self.found = set(library.key_ids.tolist()), []  # (template, key, start of what follows the key)
+        for number, template in enumerate(library.templates):
+            before, between = template.before.tolist(), template.between.tolist()
+            size = len(before) + KEY + len(between)
+            for start in range(1, len(tokens) - size + 1):
+                key = tokens[start + len(before) : start + len(before) + KEY]
+                if (tokens[start : start + len(before)] == before and len(set(key)) == KEY and keys.issuperset(key)
+                        and tokens[start + size - len(between) : start + size] == between):
+                    self.found.append((number, tuple(key), start + size))
+        self.values = set(library.value_ids.tolist())
+
+    def after(self, place):
+        return self.tokens[place : place + VALUE]
+
+    def key_at(self, place):
+        """What a link names."""
+        return tuple(self.tokens[place : place + KEY])
+
+    def statements(self, answers):
+        """(template, key, place of its value or link) of what is stated: no question, and a value or a stated key follows."""
+        stated = {key for _, key, _ in self.found}
+        return sorted((found for found in self.found if found[2] not in answers
+                       and (self.values.issuperset(self.after(found[2])) or self.key_at(found[2]) in stated)),
+                      key=lambda found: found[2])
+
+    def answer(self, place):
+        """The value asked for at `place` by the tokens before it, following links; None if nothing before states it."""
+        asked = [(template, key) for template, key, end in self.found if end == place]
+        for template, key in asked:
+            for _ in range(9):
+                stated = [end for t, k, end in self.found if (t, k) == (template, key) and end < place]
+                if not stated:
+                    break
+                if self.values.issuperset(self.after(max(stated))):
+                    return self.after(max(stated))
+                key = self.key_at(max(stated))
+        return None
+
+
+def oracle(library):
+    """Scores .5 nats for tokens that a brute-force reader of the context would give, and 5 for others."""
+
+    def score(tokens_T, last):
+        reading = Reading(tokens_T, library)
+        right = np.zeros(len(tokens_T), dtype=bool)
+        for place in {end for _, _, end in reading.found if end >= len(tokens_T) - last}:
+            told = reading.answer(place)
+            if told is not None:
+                right[place : place + VALUE] = np.equal(told[: len(tokens_T) - place], reading.after(place))
+        return np.where(right, 0.5, 5.0)[-last:], right[-last:]
+
+    return score
+
+
+def blind(tokens_T, last):
+    return np.full(last, 3.0), np.zeros(last, dtype=bool)
+
+
+def guesser(library):
+    """Gives the value of any statement not asked for yet, without looking at keys; of a link, the key it names."""
+    draw = random.Random(0)
+
+    def score(tokens_T, last):
+        reading, right = Reading(tokens_T, library), np.zeros(len(tokens_T), dtype=bool)
+        answers = answer_places(tokens_T, library, reading)
+        left = [reading.after(end) for _, _, end in reading.statements(answers)]
+        for place in answers:
+            right[place : place + VALUE] = np.equal(draw.choice(left), reading.after(place))
+            left = [value for value in left if value != reading.after(place) or len(left) == 1]
+        return np.ones(last), right[-last:]
+
+    return score
+
+
+def answer_places(tokens_T, library, reading=None):
+    """Starts of the answers that close a sequence, found from its end."""
+    reading = reading or Reading(tokens_T, library)
+    ends, places = {end: (t, k) for t, k, end in reading.found}, []
+    place = len(tokens_T) - VALUE
+    while place in ends:
+        places.insert(0, place)
+        template = library.templates[ends[place][0]]
+        place -= len(template.before) + KEY + len(template.between) + VALUE
+    return places
+
+
+def positions(pattern, tokens):
+    return [i for i in range(len(tokens) - len(pattern) + 1) if tuple(tokens[i : i + len(pattern)]) == tuple(pattern)]
+
+
+def rows_of(score, library, chosen, samples):
+    records = [R.evaluate_sample(score, library, cell, index) for cell in chosen for index in range(samples)]
+    return R.summarise(json.loads(json.dumps(records)), 1e-4, library.settings.base_context, 512)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def test_samples_depend_on_task_length_cell_index_and_seed_alone(shards, library):
+    again = R.Library(find_shards(shards / "held_*.bin"), DELIMITER, 257,
+                      R.replace(SETTINGS, samples=9, lengths=(2048, 512), tasks=R.TASKS[::-1]))
+    other = R.Library(find_shards(shards / "held_*.bin"), DELIMITER, 257, R.replace(SETTINGS, seed=1))
+    seen = set()
+    for cell in cells(library, *R.TASKS):
+        for index in range(2):
+            tokens = library.sample(cell, index).tokens_T
+            np.testing.assert_array_equal(tokens, again.sample(cell, index).tokens_T)
+            assert not np.array_equal(tokens[1:], other.sample(cell, index).tokens_T[1:])
+            seen.add(tokens.tobytes())
+    assert len(seen) == 2 * len(cells(library, *R.TASKS))
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_samples_are_what_they_say(library, documents, index):
+    for cell in cells(library, *R.TASKS[:-1]):
+        sample = library.sample(cell, index)
+        tokens = sample.tokens_T.tolist()
+        assert sample.tokens_T.dtype == np.int64 and len(tokens) == cell.length and positions([DELIMITER], tokens) == [0]
+        reading = Reading(sample.tokens_T, library)
+        answers = answer_places(sample.tokens_T, library, reading)
+        assert sample.answers == answers and answers[-1] + VALUE == cell.length and sample.size == VALUE
+        number = 1 if cell.task in ("single", "depth") else int(cell.low)
+        assert len(answers) == (number if cell.task in R.PAIRS else 1)
+        stated = reading.statements(answers)
+        assert len(stated) == {"multikey": number + 1, "tracking": number + 1}.get(cell.task, number)
+        asked = [next(key for _, key, end in reading.found if end == answer) for answer in answers]
+        assert len(set(asked)) == len(asked)
+        for key, answer, distance in zip(asked, answers, sample.distances, strict=True):
+            assert reading.answer(answer) == reading.after(answer)
+            source = answer - distance
+            assert reading.after(source) == reading.after(answer) and source in [end for _, _, end in stated]
+            # The key is in its statements, in its question, and nowhere else.
+            assert len(positions(key, tokens)) == 1 + (number if cell.task == "multivalue" else 1)
+        pieces = {p for t, _, end in reading.found if end in answers or (t, _, end) in stated
+                  for template in [library.templates[t]]
+                  for p in range(end - len(template.between) - KEY - len(template.before), end + VALUE)}
+        if cell.task != "tracking":  # links end in a key, one token shorter than a value
+            rest = [token for place, token in enumerate(tokens[1:], 1) if place not in pieces]
+            assert sum(bytes(rest) in bytes(document) for document in documents) == 1 and not sample.stitched
+        check_task(cell, sample, reading, stated, asked)
+
+
+def check_task(cell, sample, reading, stated, asked):
+    """What sets one task apart from the others."""
+    ends, distance = [end for _, _, end in stated], sample.distances[0]
+    source = sample.answers[0] - distance
+    if cell.task == "single":
+        assert cell.low <= distance <= cell.high
+    if cell.task == "depth":
+        assert cell.low - 0.05 <= source / cell.length <= cell.high + 0.05
+    if cell.task == "multikey":
+        assert len({template for template, _, _ in stated}) == 1 and len({key for _, key, _ in stated}) == len(stated)
+        assert min(ends) < source < max(ends)
+    if cell.task == "multivalue":
+        assert {key for _, key, _ in stated} == set(asked) and source == max(ends)
+        assert len({tuple(reading.after(end)) for end in ends}) == len(stated)
+    if cell.task == "tracking":
+        keys = [key for _, key, _ in stated]
+        assert source == ends[0] and asked == [keys[-1]] and len(set(keys)) == len(keys)
+        assert [reading.key_at(end) for end in ends[1:]] == keys[:-1]
+    if cell.task in R.PAIRS:
+        assert sorted(asked) == sorted(key for _, key, _ in stated)
+
+
+def test_swapped_samples_differ_in_the_values_asked_for_alone(library):
+    for cell in cells(library, *R.TASKS[:-1]):
+        sample = library.sample(cell, 0)
+        changed = set(np.flatnonzero(sample.tokens_T != sample.swapped_T).tolist())
+        sources = [answer - distance for answer, distance in zip(sample.answers, sample.distances, strict=True)]
+        assert set(sources) <= changed <= {source + i for source in sources for i in range(VALUE)}
+
+
+def test_no_template_key_or_value_of_training(library):
+    counts = library.haystack.counts_V
+    trained = {tuple(t.statement(np.array([-1]), np.array([-2])).tolist()) for t in templates(counts, DELIMITER, "train")}
+    ours = {tuple(t.statement(np.array([-1]), np.array([-2])).tolist()) for t in library.templates}
+    assert ours and not ours & trained
+    assert set(token_classes(library.key_ids)) == {2} and set(token_classes(library.value_ids)) == {3}
+
+
+def test_distances_and_depths_fill_their_bins(library):
+    for cell in cells(library, "single"):
+        distances = [library.sample(cell, index).distances[0] for index in range(60)]
+        middle = math.sqrt(cell.low * cell.high)
+        assert 15 <= sum(distance < middle for distance in distances) <= 50  # uniform in the logarithm
+    edges = [(cell.low, cell.high) for cell in library.cells() if cell.task == "single" and cell.length == 2048]
+    assert edges == [(128, 512), (512, 2048)]
+    places = [library.sample(cell, i).answers[0] - library.sample(cell, i).distances[0]
+              for cell in cells(library, "depth") if cell.length == 512 for i in range(40)]
+    assert min(places) < 40 and max(places) > 440
+
+
+def test_text_is_stitched_where_no_document_is_long_enough(shards, documents):
+    library = R.Library(find_shards(shards / "held_*.bin"), DELIMITER, 257, R.replace(SETTINGS, lengths=(4096,)))
+    cell = next(cell for cell in library.cells() if cell.task == "single")
+    for index in range(4):
+        sample = library.sample(cell, index)
+        assert sample.stitched and (sample.tokens_T == DELIMITER).sum() == 1
+        text, name, stitched = library.draw_text(R.generator(index), 4096)
+        assert stitched and any(bytes(text.tolist()) in bytes(itertools.chain(*order))
+                                for order in itertools.permutations(documents))
+
+
+def test_targets_of_the_gain_are_the_same_behind_every_context(library, documents):
+    chosen = cells(library, "gain")
+    assert [cell.variant for cell in chosen] == ["own 256", "own 512", "own 1024", "own 2048", "other 1024", "other 2048"]
+    for index in range(3):
+        samples = {cell.variant: library.sample(cell, index) for cell in chosen}
+        (home,) = [d for d in documents if positions(samples["own 2048"].tokens_T[1:].tolist(), d)]
+        for variant, sample in samples.items():
+            tokens, context = sample.tokens_T.tolist(), int(variant.split()[1])
+            assert len(tokens) == context + 256 and sample.answers == [context] and sample.size == 256
+            assert tokens[context:] == samples["own 2048"].tokens_T[-256:].tolist() and positions([DELIMITER], tokens) == [0]
+            near = 512 - 1 + 256 if variant.startswith("other") else len(tokens) - 1
+            assert tokens[-near:] == samples["own 2048"].tokens_T[-near:].tolist()
+            far = tokens[1 : len(tokens) - near]
+            assert not far or (not positions(far, home) and any(positions(far, d) for d in documents))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scorers of known ability, and statistics
+
+
+def test_an_oracle_is_always_right_and_loses_by_a_swap(library):
+    rows = rows_of(oracle(library), library, cells(library, *R.TASKS[:-1]), 2)
+    assert {row["task"] for row in rows} == set(R.TASKS[:-1])
+    for row in rows:
+        assert row["exact_match"] == row["first_token_accuracy"] == row["token_accuracy"] == row["exact_match_high"] == 1, row
+        assert row["nats"] == 0.5 and row["retrieval_gain"] > 1 and row["retrieval_gain_n"] == row["n"], row
+    dense = [row for row in rows if row["task"] == "dense"]
+    assert [(row["variant"], row["n"], row["contexts"]) for row in dense] == [
+        ("64 needles", 128, 2), ("first of 64 needles", 2, 2)]
+
+
+def test_the_blind_are_at_chance_and_lose_nothing_by_a_swap(library):
+    for row in rows_of(blind, library, cells(library, *R.TASKS[:-1]), 2):
+        assert row["exact_match"] == row["exact_match_low"] == row["token_accuracy"] == row["retrieval_gain"] == 0, row
+        assert row["nats"] == 3 and 0 < row["chance"] <= 0.5
+
+
+def test_a_guesser_among_the_statements_is_at_chance(library):
+    chosen = [cell for cell in cells(library, "multikey", "multivalue", "tracking", "mqar")
+              if cell.length == 512 or cell.task == "mqar"]
+    small = R.Library(library.haystack.paths, DELIMITER, 257, R.replace(SETTINGS, swaps=0))
+    for row in rows_of(guesser(small), small, chosen, 40):
+        spread = math.sqrt(row["chance"] * (1 - row["chance"]) / row["n"])
+        assert abs(row["exact_match"] - row["chance"]) < 4 * spread, row
+        assert row["retrieval_gain"] is None and row["retrieval_gain_n"] == 0
+
+
+def test_wilson_interval_of_clusters():
+    assert R.clustered_wilson([[1]] * 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+    assert R.clustered_wilson([[1]] * 180 + [[0]] * 20) == pytest.approx((0.8506, 0.9344), abs=1e-4)
+    assert R.clustered_wilson([[1]] * 3 + [[0]]) == pytest.approx(wilson_interval(3, 4))
+    # Copies within a cluster add nothing; independent outcomes count as if there were no clusters.
+    assert R.clustered_wilson([[1] * 64] * 15 + [[0] * 64] * 5) == pytest.approx(wilson_interval(15, 20))
+    assert R.clustered_wilson([[1] * 64] * 5) == pytest.approx(wilson_interval(5, 5))
+    assert R.clustered_wilson([[1, 0]] * 50) == pytest.approx(wilson_interval(50, 100))
+    outcomes = np.random.default_rng(0).random((400, 8)) < 0.3
+    low, high = R.clustered_wilson(outcomes)
+    assert high - low == pytest.approx(np.subtract(*wilson_interval(int(outcomes.sum()), 3200)[::-1]), rel=0.15)
+
+
+def test_context_gain_and_its_error(library):
+    """Against sums written out by hand, for losses that fall with the context and differ by text."""
+    chosen, draw = cells(library, "gain"), random.Random(0)
+    offsets = {}
+
+    def score(tokens_T, last):
+        target = tokens_T[-256:].tobytes()
+        level = offsets.setdefault(target, draw.random())
+        context = len(tokens_T) - 256
+        return np.full(last, 3 + level - 0.1 * (1 + level) * math.log2(context / 512)), np.ones(last, dtype=bool)
+
+    records = [R.evaluate_sample(score, library, cell, index) for cell in chosen for index in range(12)]
+    rows = {row["variant"]: row for row in R.summarise(records, 1e-4, 512, 512)}
+    for variant, row in rows.items():
+        log = math.log2(int(variant.split()[1]) / 512)
+        mine = [r for r in records if r["variant"] == variant]
+        base = {r["index"]: r["nats"][0] for r in records if r["variant"] == "own 512"}
+        gains = [base[r["index"]] - r["nats"][0] for r in mine]
+        assert row["n"] == 12 and row["context_gain"] == pytest.approx(sum(gains) / 12)
+        assert row["context_gain"] == pytest.approx(0.1 * log * (1 + sum(offsets.values()) / 12), abs=1e-5)
+        by_text = {}
+        for record, gain in zip(mine, gains, strict=True):
+            by_text[record["text"]] = by_text.get(record["text"], 0) + gain - row["context_gain"]
+        assert row["texts"] == len(by_text) == 2
+        assert row["context_gain_se"] == pytest.approx(math.sqrt(2 * sum(x * x for x in by_text.values())) / 12, abs=1e-9)
+    assert rows["own 512"]["context_gain"] == rows["own 512"]["context_gain_se"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command, on a tiny checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, shards):
+    folder = tmp_path_factory.mktemp("run")
+    variables = MODEL | dict(TRAIN_FILES=shards / "train.bin", LOG_DIR=folder, RUN_NAME="tiny", VAL_FILES=shards / "held_0.bin")
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in variables.items()}, clear=True), \
+            mock.patch.object(torch.cuda, "is_available", lambda: False), contextlib.redirect_stdout(io.StringIO()):
+        S.main([])
+    return folder / "tiny" / "state_step000003.pt"
+
+
+def command(checkpoint, shards, out, *arguments, **variables):
+    """eval/retrieval.py in this process; the environment holds these variables and nothing else. Returns the lengths scored."""
+    scored, score = [], R.Scorer.__call__
+
+    def counting(scorer, tokens_T, last):
+        scored.append(len(tokens_T))
+        return score(scorer, tokens_T, last)
+
+    with mock.patch.dict(os.environ, variables, clear=True), mock.patch.object(R.Scorer, "__call__", counting):
+        R.main([str(checkpoint), "--text", str(shards / "held_*.bin"), "--out", str(out), *OPTIONS, *arguments])
+    return scored
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, checkpoint, shards):
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    with mock.patch.object(torch.cuda, "is_available", lambda: False), contextlib.redirect_stdout(io.StringIO()):
+        command(checkpoint, shards, out, *SMALL)
+    return out
+
+
+def records_of(out):
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def test_command_writes_samples_summary_and_run(evaluated, checkpoint):
+    rows = list(csv.DictReader((evaluated / "summary.csv").open()))
+    assert list(rows[0]) == list(R.COLUMNS) and len(rows) == len({(r["task"], r["variant"], r["length"]) for r in rows})
+    assert {r["task"] for r in rows} == {"multikey", "mqar", "gain"}
+    assert {r["train_length"] for r in rows} == {"512"} and all(float(r["nats"]) > 1 for r in rows)
+    ids = [record["id"] for record in records_of(evaluated)]
+    assert len(set(ids)) == len(ids) and all(int(r["contexts"]) == 2 for r in rows)
+    run = json.loads((evaluated / "run.json").read_text())
+    assert run["status"] == "complete" and run["step"] == 3 and run["train_length"] == 512 and run["tokens_seen"] == 3072
+    assert run["retrieval_mix"] == 0 and run["dtype"] == "float32" and run["device"] == "cpu" and run["wall_seconds"] > 0
+    assert run["checkpoint_sha256"] == R.file_hash(checkpoint) and run["arguments"]["lengths"] == [640, 1024]
+    assert run["stitched"] == [] and re.fullmatch(r"[0-9a-f]{40}(-dirty)?", run["commit"] or "0" * 40)
+
+
+def test_scores_are_those_of_the_whole_forward(checkpoint, library):
+    state = R.read_checkpoint(checkpoint, R.WEIGHT_KEYS)
+    with mock.patch.dict(os.environ, {}, clear=True):
+        config = R.model_config(state, 1024)
+    assert config.max_seq_len == 1024 and config.spectral_l_train == 512 and config.arm == "C"
+    scorer = R.Scorer(state, checkpoint, config, torch.device("cpu"))
+    tokens_T = library.sample(next(c for c in cells(library, "multikey") if c.length == 512), 0).tokens_T
+    nats, correct = scorer(tokens_T, 100)
+    tokens = torch.from_numpy(tokens_T)
+    with torch.no_grad():
+        hidden, _ = scorer.model.hidden(tokens.int(), S.Schedule(config, 3, 3).context(tokens.int(), False, "reference"))
+        log_p = scorer.model.logits(hidden)[:-1].log_softmax(-1)
+    np.testing.assert_allclose(nats, [-log_p[i - 1, tokens[i]].item() for i in range(412, 512)], atol=1e-5)
+    assert correct.tolist() == [log_p[i - 1].argmax() == tokens[i] for i in range(412, 512)]
+
+
+def test_interrupted_evaluation_goes_on_where_it_was(tmp_path, evaluated, checkpoint, shards):
+    shutil.copytree(evaluated, tmp_path / "out")
+    lines = (evaluated / "samples.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out/samples.jsonl").write_text("".join(lines[:-5]) + lines[-5][:40])
+    (tmp_path / "out/summary.csv").unlink()
+    assert len(command(checkpoint, shards, tmp_path / "out", *SMALL)) == 5  # of gain, which has no swapped sequences
+    assert (tmp_path / "out/summary.csv").read_text() == (evaluated / "summary.csv").read_text()
+    assert command(checkpoint, shards, tmp_path / "out", *SMALL) == []
+
+
+def test_more_samples_join_those_that_are_there(tmp_path, evaluated, checkpoint, shards):
+    shutil.copytree(evaluated, tmp_path / "out")
+    scored = command(checkpoint, shards, tmp_path / "out", "--lengths", "512", "--tasks", "tracking", "--samples", "2",
+                     "--swaps", "1")
+    assert scored == [512] * 3 * 3
+    old, new = (list(csv.DictReader((out / "summary.csv").open())) for out in (evaluated, tmp_path / "out"))
+    assert [row for row in new if row["task"] != "tracking"] == old
+    assert [row["retrieval_gain_n"] for row in new if row["task"] == "tracking"] == ["1"] * 3
+
+
+def test_two_processes_give_the_same_summary(tmp_path, evaluated, checkpoint, shards):
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           ROOT / "eval/retrieval.py", checkpoint, "--text", shards / "held_*.bin", "--out", tmp_path / "out",
+                           *OPTIONS, *SMALL], capture_output=True, text=True, timeout=200,
+                          env=kept | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/summary.csv").read_text() == (evaluated / "summary.csv").read_text()
+    one, two = (sorted(records_of(out), key=lambda r: r["id"]) for out in (evaluated, tmp_path / "out"))
+    assert one == two
+    assert json.loads((tmp_path / "out/run.json").read_text())["world_size"] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+def refusal(*arguments, name="retrieval.py", main=R.main):
+    with mock.patch.dict(os.environ, {}, clear=True), pytest.raises(SystemExit) as stopped:
+        main(list(map(str, arguments)))
+    line = str(stopped.value.code)
+    assert line.startswith("error: ") and "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("options, parts", [
+    (["--lengths", "1000"], ["--lengths", "1000", "multiple of 128"]),
+    (["--lengths", "128"], ["128 is not"]),
+    (["--tasks", "single,sing"], ["sing is none of", "multikey"]),
+    (["--tasks", "sing", "--samples", "0"], ["sing", "; --samples must be at least 1"]),
+    (["--lengths", "16384"], ["7200 tokens", "16383"]),
+    (["--lengths", "8192", "--text", "nowhere*.bin"], ["no shard matches 'nowhere*.bin'"]),
+    (["--lengths", "1024", "--tasks", "dense"], ["dense at length 1024", "larger --lengths"]),
+    (["--lengths", "1024", "--tasks", "gain", "--targets", "2560"], ["gain", "at most 441"]),
+    (["--lengths", "1024", "--key-length", "400"], ["--key-length: 400"]),
+    (["--lengths", "eight"], ["--lengths"]),
+    (["--base-context", "768"], ["768 is not one of --contexts"]),
+])
+def test_refusals_are_one_line_and_leave_nothing(tmp_path, checkpoint, shards, options, parts):
+    line = refusal(checkpoint, "--text", shards / "held_*.bin", "--out", tmp_path / "out", *OPTIONS, "--tasks", "single",
+                   *options)
+    assert all(part in line for part in parts), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_files_are_refused(tmp_path, evaluated, checkpoint, shards):
+    held = ["--text", shards / "held_*.bin", "--out"]
+    assert "no such checkpoint" in refusal(tmp_path / "none.pt", *held, tmp_path / "out")
+    (tmp_path / "bad.pt").write_bytes(b"no archive")
+    assert "not a readable checkpoint" in refusal(tmp_path / "bad.pt", *held, tmp_path / "out")
+    assert "train.bin is a training shard" in refusal(checkpoint, "--text", shards / "train.bin", "--out", tmp_path / "out",
+                                                      *OPTIONS, *SMALL)
+    line = refusal(checkpoint, *held, evaluated, *OPTIONS, *SMALL, "--seed", "1")
+    assert "holds another evaluation (seed differ)" in line and "--out" in line
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/samples.jsonl").write_text("")
+    assert "no run.json" in refusal(checkpoint, *held, tmp_path / "other", *OPTIONS, *SMALL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_pictures_from_the_summary_alone(tmp_path, library):
+    pytest.importorskip("matplotlib")
+    for name, score in (("seeing", oracle(library)), ("blind", blind)):
+        (tmp_path / name).mkdir()
+        rows = rows_of(score, library, [cell for cell in cells(library, *R.TASKS) if cell.task not in R.PAIRS], 1)
+        (tmp_path / name / "summary.csv").write_text(R.csv_text(rows))
+    done = subprocess.run([sys.executable, ROOT / "eval/plot_retrieval.py", tmp_path / "seeing", tmp_path / "blind", "--output",
+                           tmp_path / "pictures"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(
+        f"retrieval_{kind}.{suffix}" for kind in ("depth", "distance", "tasks", "gain") for suffix in ("png", "svg"))
+    for path in (tmp_path / "pictures").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG") and "seeing" in path.with_suffix(".svg").read_text()
+
+
+@pytest.mark.parametrize("content, part", [(None, "No such file"), (",".join(R.COLUMNS) + "\n", "no rows")])
+def test_pictures_need_a_summary(tmp_path, content, part):
+    if content:
+        (tmp_path / "summary.csv").write_text(content)
+    done = subprocess.run([sys.executable, ROOT / "eval/plot_retrieval.py", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error:") and len(done.stderr.splitlines()) == 1
+    assert part in done.stderr
