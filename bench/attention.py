@@ -377,7 +377,8 @@ def times_ms(run: Callable, inputs: list, seconds: float) -> list[float]:
     enqueued = 1e3 * (time.perf_counter() - began)
     torch.cuda.synchronize()
     first = start.elapsed_time(end)
-    count = max(LEAST_RUNS, min(MOST_RUNS, int(1e3 * seconds / max(first, 1e-3))))
+    most = MOST_RUNS if enqueued < first / 2 else min(MOST_RUNS, int(MOST_COVER_MS / 1.5 / enqueued))
+    count = max(LEAST_RUNS, min(most, int(1e3 * seconds / max(first, 1e-3))))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     if enqueued > first / 2:  # the device waits until the host is ahead: gaps between launches don't count
         torch.cuda._sleep(int(min(MOST_COVER_MS, 1.5 * enqueued * count) * CYCLES_PER_MS))

@@ -76,14 +76,14 @@ class ContentPointers(nn.Module):
     def blend(self, q_BTHD: Tensor, k_BTHD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
         """The pointer heads' queries and keys before their norm become weighted sums over the last four tokens of the
         document, channel by channel, so that one layer can match what stands before a place."""
-        P, id_T = self.shape.heads, documents.id_T
+        P, T, id_T = self.shape.heads, q_BTHD.size(1), documents.id_T
 
         def mixed(x_BTHD, taps):
             x = x_BTHD[:, :, :P]
             total = x * taps[0]
-            for lag in range(1, TAPS):
-                same = (id_T[lag:] == id_T[:-lag])[:, None, None]
-                total = total + F.pad(x[:, :-lag] * same * taps[lag], (0, 0, 0, 0, lag, 0))
+            for lag in range(1, TAPS):  # every tensor has T rows: torch 2.11's compiler fails where their sums' lengths differ
+                before, id_before_T = F.pad(x, (0, 0, 0, 0, lag, 0))[:, :T], F.pad(id_T, (lag, 0), value=-1)[:T]
+                total = total + before * (id_before_T == id_T)[:, None, None] * taps[lag]
             return torch.cat([total, x_BTHD[:, :, P:]], 2)
 
         return tuple(mixed(x, w) for x, w in zip((q_BTHD, k_BTHD), self.taps.type_as(q_BTHD), strict=True))
