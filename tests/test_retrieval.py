@@ -264,6 +264,22 @@ def test_no_template_key_or_value_of_training(library):
     assert set(token_classes(library.key_ids)) == {2} and set(token_classes(library.value_ids)) == {3}
 
 
+def test_no_key_is_in_the_text(shards):
+    """Keys of two tokens, of which the text holds many, and of one, of which it holds all."""
+    paths = find_shards(shards / "held_*.bin")
+    two, one = (R.Library(paths, DELIMITER, 257, R.replace(SETTINGS, key_length=n)) for n in (2, 1))
+    cell = next(cell for cell in two.cells() if cell.task == "multikey" and cell.length == 2048)
+    for index in range(20):
+        sample = two.sample(cell, index)
+        before = sample.tokens_T[: sample.answers[0]].tolist()
+        between = next(len(t.between) for t in two.templates if before[len(before) - len(t.question([0, 0])) :][: len(t.before)]
+                       == t.before.tolist() and before[len(before) - len(t.between) :] == t.between.tolist())
+        key = before[len(before) - between - 2 : len(before) - between]
+        assert set(key) <= set(two.key_ids.tolist()) and len(positions(key, before)) == 2
+    with pytest.raises(ValueError, match="a key in the text: take a larger --key-length"):
+        one.sample(cell, 0)
+
+
 def test_distances_and_depths_fill_their_bins(library):
     for cell in cells(library, "single"):
         distances = [library.sample(cell, index).distances[0] for index in range(60)]
@@ -301,6 +317,8 @@ def test_targets_of_the_gain_are_the_same_behind_every_context(library, document
             assert tokens[-near:] == samples["own 2048"].tokens_T[-near:].tolist()
             far = tokens[1 : len(tokens) - near]
             assert not far or (not positions(far, home) and any(positions(far, d) for d in documents))
+        nested = samples["other 1024"].tokens_T[1:]
+        assert samples["other 2048"].tokens_T[-len(nested) :].tolist() == nested.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
