@@ -457,7 +457,8 @@ EVAL_CHUNK = 131_072  # tokens of an evaluation whose MLP activations, and whose
 def fp8_linear(x_TC: Tensor, w_VC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x @ w.T with e4m3 operands; returns bf16 logits and the two quantised operands that the backward needs."""
     x8 = x_TC.div(FP8_X_SCALE).to(torch.float8_e4m3fn)
-    w8 = w_VC.div(FP8_W_SCALE).to(torch.float8_e4m3fn)
+    largest = torch.finfo(torch.float8_e4m3fn).max  # weights reach it, and a plain cast would make NaN of what is beyond
+    w8 = w_VC.div(FP8_W_SCALE).clamp_(-largest, largest).to(torch.float8_e4m3fn)
     out = torch._scaled_mm(x8, w8.T, out_dtype=torch.bfloat16, scale_a=x_TC.new_full((), FP8_X_SCALE, dtype=torch.float32),
                            scale_b=x_TC.new_full((), FP8_W_SCALE, dtype=torch.float32), use_fast_accum=True)
     return out, x8, w8
