@@ -67,6 +67,7 @@ from model.attention import (
     MAX_TABLE_BLOCKS,
     TRITON_CAPABILITY,
     TRITON_HEAD_DIMS,
+    BlockLists,
     Documents,
     pointer_attention,
     prepare,
@@ -126,8 +127,8 @@ class Config:
     spectral_bias: bool = _spectral(False, "spectral bias on attention logits (0: arm A)")
     spectral_use_pointer_mask: bool = _spectral(False, "pointer lists in the spectral layers (arm C) instead of the "
                                                        "sliding window (arm B)")
-    spectral_pointer_source: str = _spectral("offset", "what points: offsets predicted from the query, or a search of the past "
-                                                       "by content", choices=("offset", "content"))
+    spectral_pointer_source: str = _spectral("offset", "what points: offsets predicted from the query, a search of the past by "
+                                                       "content, or both", choices=("offset", "content", "mixed"))
     spectral_layers: str = _spectral("long", "layers with bias and pointers: long (the long-window layers), all, or ids "
                                              "like 0,4,11")
     spectral_impl: str = _spectral("qk_aug", "bias as extra q.k dimensions, or as a FlexAttention score_mod (very slow)",
@@ -280,12 +281,11 @@ class Config:
         if self.needle_eval:
             problems += check_needle_shape(self.needle_seq_len, self.needle_distances, self.needle_anchor_len,
                                            self.needle_value_len)
-        problems += self.impossible_spectral() if self.spectral_bias or self.content_pointers else self.spectral_without_bias()
+        refuse(self.spectral_use_pointer_mask and not self.spectral_bias and self.spectral_pointer_source != "content",
+               "SPECTRAL_USE_POINTER_MASK=1 needs SPECTRAL_BIAS=1, which predicts the offsets, or "
+               "SPECTRAL_POINTER_SOURCE=content")
+        problems += self.impossible_spectral() if (self.spectral_bias or self.content_pointers) else []
         return [text for text in problems if unread.isdisjoint(re.findall(r"\w+", text))]
-
-    def spectral_without_bias(self) -> list[str]:
-        return (["SPECTRAL_USE_POINTER_MASK=1 needs SPECTRAL_BIAS=1, which predicts the offsets, or "
-                 "SPECTRAL_POINTER_SOURCE=content"] if self.spectral_use_pointer_mask else [])
 
     def impossible_spectral(self) -> list[str]:
         problems = []
@@ -329,12 +329,13 @@ class Config:
             problems.append(f"SPECTRAL_LANDMARK_DIM={self.spectral_landmark_dim} and the bias's {self.folded_features} "
                             f"features exceed the HEAD_DIM / 2 = {self.head_dim // 2} dimensions that do not rotate")
         if self.spectral_bias and self.spectral_impl == "score_mod":
-            problems.append("SPECTRAL_IMPL=score_mod does not go with SPECTRAL_POINTER_SOURCE=content: take qk_aug")
+            problems.append(f"SPECTRAL_IMPL=score_mod does not go with SPECTRAL_POINTER_SOURCE={self.spectral_pointer_source}: "
+                            f"take qk_aug")
         return problems
 
     @property
     def content_pointers(self) -> bool:
-        return self.spectral_use_pointer_mask and self.spectral_pointer_source == "content"
+        return self.spectral_use_pointer_mask and self.spectral_pointer_source != "offset"
 
     @property
     def folded_features(self) -> int:
@@ -562,11 +563,12 @@ class Attention(nn.Module):
         lists, bias, prediction, pointing = context.windows[int(long_window)], None, None, None
         if self.spectral is not None:
             bias, prediction = self.spectral(q, tables)
+        offsets = prediction is not None and config.spectral_use_pointer_mask and config.spectral_pointer_source != "content"
+        if offsets:
+            lists = pointer_lists(prediction.delta_BHTM, documents, context.pointers, config.list_shape)
         if self.content is not None:
-            q, k, lists, pointing = self.point(q, k, rotary, context)
+            q, k, lists, pointing = self.point(q, k, lists if offsets else None, rotary, context)
         else:
-            if config.spectral_use_pointer_mask and prediction is not None:
-                lists = pointer_lists(prediction.delta_BHTM, documents, context.pointers, config.list_shape)
             q, k = rotary(q), rotary(k)
         telemetry = None
         if bias is not None or pointing is not None:
@@ -581,11 +583,13 @@ class Attention(nn.Module):
                                  backend=self.backend, bias=bias)
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), self.out_w.type_as(x)), telemetry
 
-    def point(self, q: Tensor, k: Tensor, rotary: Rotary, context: Context):
-        """Search by content: (rotated q and k with the landmarks folded in, lists, ContentTelemetry)."""
+    def point(self, q: Tensor, k: Tensor, offsets: BlockLists | None, rotary: Rotary, context: Context):
+        """Search by content: (rotated q and k with the landmarks folded in, lists, ContentTelemetry). `offsets`: the lists of
+        the predicted ones, where both point."""
         config, content = self.config, self.content
         marks = content(q, k)
-        lists, claims, log_odds = content.lists(marks, context.documents, context.pointers, config.list_shape, config.num_heads)
+        lists, claims, log_odds = content.lists(marks, context.documents, context.pointers, config.list_shape,
+                                                config.num_heads, offsets)
         plain_q, plain_k, q, k = q, k, rotary(q), rotary(k)
 
         def content_logits(rows_S):
@@ -887,8 +891,11 @@ class Schedule(NamedTuple):
         """Upper bound of the key blocks that a query block of this layer reads now."""
         c = self.config
         if layer in c.spectral_layer_ids() and c.spectral_use_pointer_mask:
-            far = (c.spectral_pointers * max(0, 2 * self.pointer_radius() + 1) if not c.content_pointers
-                   else c.spectral_pointer_far_blocks * c.spectral_pointer_heads // c.num_heads)
+            far = 0
+            if c.spectral_pointer_source != "content":
+                far += c.spectral_pointers * max(0, 2 * self.pointer_radius() + 1)
+            if c.content_pointers:
+                far += c.spectral_pointer_far_blocks * c.spectral_pointer_heads // c.num_heads
             return c.spectral_pointer_local_blocks + far + self.global_blocks
         return self.long_window if layer in long_window_layers(c.num_layers) else max(1, self.long_window // 2)
 

@@ -316,3 +316,40 @@ def content_lists(claims: Claims, documents: Documents, local: Tensor, globals_:
     if local_slots < 1 or global_slots < 0:
         raise ValueError(f"{local_slots} local and {global_slots} global slots: at least 1 and 0 are needed")
     return BlockLists(*_content_lists(*claims, documents.start_block_N, local, globals_, local_slots, global_slots, heads))
+
+
+@torch.library.custom_op("scope::append_claims", mutates_args=())
+def _append_claims(num_BHN: Tensor, idx_BHNW: Tensor, claimed_BHN: Tensor, block_BHNC: Tensor,
+                   time_BHNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, N, W = idx_BHNW.shape
+    Hp, C = block_BHNC.size(1), block_BHNC.size(-1)
+    width, device = min(W + C, N), idx_BHNW.device
+    slot, position = torch.arange(W, device=device), torch.arange(BLOCK, device=device, dtype=torch.int32)
+    listed = (slot < num_BHN[:, :Hp, :, None])[..., None, :]
+    double = ((block_BHNC[..., None] == idx_BHNW[:, :Hp, :, None]) & listed).any(-1)
+    kept = (torch.arange(C, device=device) < claimed_BHN[..., None]) & ~double
+    place = torch.where(kept, num_BHN[:, :Hp, :, None] + kept.cumsum(-1) - 1, width).long()  # behind the end: dropped
+    idx, first_seen = pad(idx_BHNW, (0, C + 1)), torch.where(slot < num_BHN[..., None], 0, BLOCK).int()
+    first_seen = pad(first_seen, (0, C + 1), value=BLOCK)
+    idx[:, :Hp] = idx[:, :Hp].scatter(-1, place, block_BHNC)
+    first_seen[:, :Hp] = first_seen[:, :Hp].scatter(-1, place, time_BHNC)
+    num = num_BHN.clone()
+    num[:, :Hp] += kept.sum(-1, dtype=torch.int32)
+    seen = torch.zeros(B, H, N, BLOCK, -(-width // 32), device=device, dtype=torch.int32)
+    for w in range(width):  # slot by slot: the booleans of all slots would be many times the words
+        seen[..., w // 32] |= (position >= first_seen[..., w, None]).int() << (w % 32)
+    return num, idx[..., :width].contiguous(), seen.flatten(2, 3)
+
+
+@_append_claims.register_fake
+def _(num_BHN, idx_BHNW, claimed_BHN, block_BHNC, time_BHNC):
+    B, H, N, W = idx_BHNW.shape
+    width = min(W + block_BHNC.size(-1), N)
+    return (num_BHN.new_empty(B, H, N), idx_BHNW.new_empty(B, H, N, width),
+            num_BHN.new_empty(B, H, N * BLOCK, -(-width // 32)))
+
+
+def append_claims(lists: BlockLists, claims: Claims) -> BlockLists:
+    """Lists that hold the first heads' claims, one of `claims` each, behind what they hold already; what stands in a list
+    already, for all its tokens to see, is not claimed again. At most min(slots + W, N) slots."""
+    return BlockLists(*_append_claims(*lists[:2], *claims))

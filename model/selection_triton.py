@@ -34,12 +34,12 @@ class SearchTiling(NamedTuple):
     warps: int
     stages: int
     registers: int  # a thread's at most, so that several programs share a processor: one multiplies, another compares
-    hold: bool  # the askers in registers rather than in shared memory, whose reads limit narrow dot products
 
 
-SEARCH = SearchTiling(rows=256, columns=64, warps=8, stages=3, registers=128, hold=False)
-SEARCH_SMALL = SearchTiling(rows=128, columns=64, warps=8, stages=3, registers=80, hold=False)
-SMALL = 512  # fewer programs of the large tiling than this would leave processors idle
+# The best of those in results/h200-selection/search.txt.
+SEARCH = SearchTiling(rows=256, columns=64, warps=8, stages=3, registers=128)
+SEARCH_SMALL = SearchTiling(rows=128, columns=128, warps=8, stages=3, registers=128)
+SMALL = 1024  # fewer programs of the large tiling than this would leave processors idle
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,8 +153,7 @@ def _update(best, best_group, rest, s, group, better):
 @triton.jit
 def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, local_ptr, globals_ptr, block_ptr, odds_ptr,
                    T, H, N, G, most, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
-                   COLUMNS: tl.constexpr, STEP: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-                   HOLD: tl.constexpr):
+                   COLUMNS: tl.constexpr, STEP: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Best far block and its log-odds for M askers of M / R tiles. Longest programs first, the heads beside each other."""
     bh, part = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     b, h = bh // H, bh % H
@@ -165,9 +164,6 @@ def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, loca
     at = row // R * BLOCK + tl.load(ask_ptr + asker, mask=row < N * R, other=BLOCK)
     d = tl.arange(0, D)
     q = tl.load(p_ptr + ((b.to(tl.int64) * T + at) * H + h)[:, None] * D + d[None, :], mask=(at < T)[:, None], other=0.0)
-
-    if HOLD:  # the result of a tensor core need not go through shared memory to become an operand
-        q = tl.dot(q, (d[:, None] == d[None, :]).to(q.dtype)).to(q.dtype)
 
     # Blocks from `begin` on are searched by some asker. Groups [open_, close) are far for all askers; they come first, and
     # without masks if all tokens of the tiles are of one document. The order of the sums must not depend on that: a later
@@ -258,7 +254,7 @@ def search_blocks(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP
     _search_kernel[(B * H, triton.cdiv(N * R, tiling.rows))](
         p_BTHd.contiguous(), ask_BHNR.contiguous(), TensorDescriptor.from_tensor(keys, [columns, D]), key_doc, doc_id_T,
         start_block_N, local, globals_, block, odds, T, H, N, G, most, R, P, D, tiling.rows, columns, step, GROUP, BLOCK,
-        tiling.stages, tiling.hold, num_warps=tiling.warps, maxnreg=tiling.registers)
+        tiling.stages, num_warps=tiling.warps, maxnreg=tiling.registers)
     return block, odds
 
 

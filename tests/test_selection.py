@@ -13,6 +13,7 @@ from model.selection import (
     Found,
     admit,
     admit_plain,
+    append_claims,
     ask,
     content_lists,
     publish,
@@ -173,7 +174,7 @@ def test_search_kernel_equals_the_plain_one(case, integers):
     N, H, R, P, d, length, local, globals_, rows, columns = case
     p, l, *rest = search_inputs(N, H, R, P, d, sum(case[:5]), length, integers)  # noqa: E741
     inputs = [p.to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), *(x.to(DEVICE) for x in rest), scalar(local), scalar(globals_)]
-    search_blocks, tiling = kernels().search_blocks, kernels().SearchTiling(rows, columns, 8, 2, 128, hold=integers)
+    search_blocks, tiling = kernels().search_blocks, kernels().SearchTiling(rows, columns, 8, 2, 128)
     block, odds = on_cpu(search_blocks(*inputs, MAX_LOG_ODDS, tiling))
     plain_block, plain_odds = on_cpu(search_plain(*inputs))
     assert torch.equal(block, plain_block)  # equal scores too: the lowest block
@@ -447,3 +448,37 @@ def test_refusals():
             (lambda: content_lists(admit(found, asks, 4, 3), documents, one, one, 0, 1, 1), "0 local")]:
         with pytest.raises(ValueError, match=message):
             wrong()
+
+
+@pytest.mark.parametrize("N,H,Hp,W,C", [(7, 3, 2, 4, 4), (12, 2, 2, 3, 8), (5, 1, 1, 5, 2), (40, 2, 1, 20, 16)])
+def test_claims_behind_other_lists_against_loops(N, H, Hp, W, C):
+    generator = torch.Generator().manual_seed(N)
+
+    def draw(high, *shape):
+        return torch.randint(0, high, shape, generator=generator, dtype=torch.int32)
+
+    idx = torch.stack([torch.randperm(N, generator=generator)[:W] for _ in range(H * N)]).view(1, H, N, W).int()
+    block = torch.stack([torch.randperm(N, generator=generator)[:C] for _ in range(Hp * N)]).view(1, Hp, N, -1).int()
+    C = block.size(-1)
+    lists, claims = BlockLists(draw(W + 1, 1, H, N), idx), Claims(draw(C + 1, 1, Hp, N), block, draw(BLOCK, 1, Hp, N, C))
+    found = append_claims(BlockLists(*(x.to(DEVICE) for x in lists[:2])), Claims(*(x.to(DEVICE) for x in claims)))
+    num, idx, seen = on_cpu(found[:3])
+    assert idx.size(-1) == min(W + C, N)
+    seen = unpack_seen(seen, idx.size(-1)).view(1, H, N, BLOCK, -1)
+    for h in range(H):
+        for n in range(N):
+            old = lists.idx_BHNW[0, h, n, : lists.num_BHN[0, h, n]].tolist()
+            times = dict.fromkeys(old, 0)
+            for slot in range(claims.num_BHN[0, h, n] if h < Hp else 0):
+                times.setdefault(int(block[0, h, n, slot]), int(claims.time_BHNW[0, h, n, slot]))
+            row = idx[0, h, n, : num[0, h, n]].tolist()
+            assert row == list(times)
+            for slot, time in enumerate(times.values()):
+                assert seen[0, h, n, :, slot].tolist() == [x >= time for x in range(BLOCK)]
+
+
+def test_appending_keeps_the_compilers_contract():
+    lists = BlockLists(torch.ones(1, 2, 6, dtype=torch.int32), torch.zeros(1, 2, 6, 3, dtype=torch.int32))
+    claims = (torch.ones(1, 1, 6, dtype=torch.int32), torch.ones(1, 1, 6, 2, dtype=torch.int32),
+              torch.full((1, 1, 6, 2), 5, dtype=torch.int32))
+    torch.library.opcheck(torch.ops.scope.append_claims.default, (*(x.to(DEVICE) for x in (*lists[:2], *claims)),))
