@@ -163,6 +163,8 @@ class Config:
 
     spectral_pointer_heads: int = _spectral(2, "content: heads of a layer that search and read far blocks", low=1)
     spectral_pointer_far_blocks: int = _spectral(16, "content: far blocks that a query block reads at most", low=1, high=32)
+    spectral_pointer_near_blocks: int = _spectral(4, "content: local band of the heads that search, blocks; few, or they learn "
+                                                     "to search no further (mixed: SPECTRAL_POINTER_LOCAL_BLOCKS)", low=1)
     spectral_pointer_floor: float = _spectral(-4.0, "content: log-odds of a block below which it is not read")
     spectral_pointer_asking: int = _spectral(32, "content: tokens of a block that search, at most", low=16, high=BLOCK)
     spectral_pointer_published: int = _spectral(32, "content: tokens of a block that can be found", low=16, high=BLOCK)
@@ -364,8 +366,14 @@ class Config:
                              self.spectral_share_heads, self.spectral_entropy_floor)
 
     @property
+    def pointer_band(self) -> int:
+        """Blocks of the local band next to the pointers."""
+        return (self.spectral_pointer_near_blocks if self.spectral_pointer_source == "content"
+                else self.spectral_pointer_local_blocks)
+
+    @property
     def list_shape(self) -> ListShape:
-        return ListShape(self.spectral_pointer_local_blocks, self.spectral_pointer_half_blocks,
+        return ListShape(self.pointer_band, self.spectral_pointer_half_blocks,
                          max(self.spectral_pointer_global_blocks, self.spectral_pointer_global_blocks_warmup))
 
     @property
@@ -451,6 +459,7 @@ ATTENTION_SCALE = 0.12
 LOGIT_CAP, LOGIT_TEMPERATURE = 30.0, 7.5
 FP8_X_SCALE, FP8_W_SCALE, FP8_GRAD_SCALE = 0.5, 2.0**-9, 2.0**-19
 LONG_WINDOW_BLOCKS = 13.5  # the long window grows from 1 to 14 blocks
+WINDOW_SLOTS = (math.ceil(LONG_WINDOW_BLOCKS) // 2, math.ceil(LONG_WINDOW_BLOCKS))  # of the short and of the long one
 EVAL_CHUNK = 131_072  # tokens of an evaluation whose MLP activations, and whose logits, exist at once
 
 
@@ -535,6 +544,7 @@ class Context(NamedTuple):
 
     documents: Documents
     windows: tuple  # (short, long) BlockLists of the sliding windows
+    window_blocks: tuple  # (short, long) width of these now, int32 scalars
     pointers: PointerState
     sample: Tensor  # int32 scalar, which rows of the past the landmarks are taught with
 
@@ -567,7 +577,7 @@ class Attention(nn.Module):
         if offsets:
             lists = pointer_lists(prediction.delta_BHTM, documents, context.pointers, config.list_shape)
         if self.content is not None:
-            q, k, lists, pointing = self.point(q, k, lists if offsets else None, rotary, context)
+            q, k, lists, pointing = self.point(q, k, lists if offsets else None, rotary, context, long_window)
         else:
             q, k = rotary(q), rotary(k)
         telemetry = None
@@ -583,13 +593,14 @@ class Attention(nn.Module):
                                  backend=self.backend, bias=bias)
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), self.out_w.type_as(x)), telemetry
 
-    def point(self, q: Tensor, k: Tensor, offsets: BlockLists | None, rotary: Rotary, context: Context):
+    def point(self, q: Tensor, k: Tensor, offsets: BlockLists | None, rotary: Rotary, context: Context, long_window: bool):
         """Search by content: (rotated q and k with the landmarks folded in, lists, ContentTelemetry). `offsets`: the lists of
         the predicted ones, where both point."""
         config, content = self.config, self.content
         marks = content(q, k)
         lists, claims, log_odds = content.lists(marks, context.documents, context.pointers, config.list_shape,
-                                                config.num_heads, offsets)
+                                                config.num_heads, context.window_blocks[int(long_window)],
+                                                WINDOW_SLOTS[int(long_window)], offsets)
         plain_q, plain_k, q, k = q, k, rotary(q), rotary(k)
 
         def content_logits(rows_S):
@@ -873,15 +884,14 @@ class Schedule(NamedTuple):
     def context(self, tokens_T: Tensor, training: bool, backend: str) -> Context:
         """All that varies enters the compiled model as tensors of fixed shape, so that no schedule ever recompiles."""
         c = self.config
-        values = torch.tensor([max(1, self.long_window // 2), self.long_window, c.spectral_pointer_local_blocks,
+        values = torch.tensor([max(1, self.long_window // 2), self.long_window, c.pointer_band,
                                self.pointer_radius(training), self.global_blocks, self.sampled_phase(len(tokens_T))],
                               dtype=torch.int32)
         values = values.to(tokens_T.device, non_blocking=True).unbind()
         documents = Documents.of(tokens_T, c.doc_delimiter)
-        width = math.ceil(LONG_WINDOW_BLOCKS)
-        windows = [window_lists(documents, values[0], width // 2), window_lists(documents, values[1], width)]
+        windows = [window_lists(documents, *window) for window in zip(values, WINDOW_SLOTS, strict=False)]
         windows = [prepare(lists, documents, backend=backend, needs_grad=training) for lists in windows]
-        return Context(documents, tuple(windows), PointerState(*values[2:5]), values[5])
+        return Context(documents, tuple(windows), tuple(values[:2]), PointerState(*values[2:5]), values[5])
 
     def sampled_phase(self, length: int) -> int:
         """Where in its stride of tokens each sampled row of this step lies (a multiplicative hash of the step)."""
@@ -891,13 +901,17 @@ class Schedule(NamedTuple):
         """Upper bound of the key blocks that a query block of this layer reads now."""
         c = self.config
         if layer in c.spectral_layer_ids() and c.spectral_use_pointer_mask:
-            far = 0
-            if c.spectral_pointer_source != "content":
-                far += c.spectral_pointers * max(0, 2 * self.pointer_radius() + 1)
-            if c.content_pointers:
-                far += c.spectral_pointer_far_blocks * c.spectral_pointer_heads // c.num_heads
-            return c.spectral_pointer_local_blocks + far + self.global_blocks
-        return self.long_window if layer in long_window_layers(c.num_layers) else max(1, self.long_window // 2)
+            far = c.spectral_pointer_far_blocks * c.spectral_pointer_heads if c.content_pointers else 0  # of all heads
+            if c.spectral_pointer_source == "content":
+                near = (c.pointer_band + self.global_blocks) * c.spectral_pointer_heads
+                return (near + far + self.window(layer) * (c.num_heads - c.spectral_pointer_heads)) // c.num_heads
+            offsets = c.spectral_pointers * max(0, 2 * self.pointer_radius() + 1)
+            return c.pointer_band + offsets + self.global_blocks + far // c.num_heads
+        return self.window(layer)
+
+    def window(self, layer: int) -> int:
+        """Blocks of the layer's sliding window."""
+        return self.long_window if layer in long_window_layers(self.config.num_layers) else max(1, self.long_window // 2)
 
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}  # dense bf16, datasheets
@@ -1444,8 +1458,8 @@ def train(trainer: Trainer) -> None:
             run.log(f"step {trainer.step}: pass {epoch + 1} over the training shards is complete (EPOCHS={config.epochs})")
         if trainer.telemetry and config.scope_log_every and trainer.step % config.scope_log_every == 0:
             state = dict(radius=schedule.pointer_radius(), global_blocks=schedule.global_blocks,
-                         local_blocks=config.spectral_pointer_local_blocks, progress=schedule.progress)
-            stats = scope_stats(trainer.telemetry, trainer.telemetry_documents, config.spectral_pointer_local_blocks)
+                         local_blocks=config.pointer_band, progress=schedule.progress)
+            stats = scope_stats(trainer.telemetry, trainer.telemetry_documents, config.pointer_band)
             run.log(json.dumps(dict(tag="SCOPE_STATS", step=trainer.step, schedule=state, **stats)))
         if config.rank_check_every and trainer.step % config.rank_check_every == 0:
             trainer.compare_ranks()
@@ -1485,9 +1499,9 @@ def mean_listed_blocks(trainer: Trainer) -> float | None:
     if trainer.telemetry_documents is None:
         return None
     config, documents = trainer.config, trainer.telemetry_documents
-    schedule, width = trainer.schedule(), math.ceil(LONG_WINDOW_BLOCKS)
-    long = torch.tensor(schedule.long_window, dtype=torch.int32, device=trainer.device)
-    by_window = [window_lists(documents, w, width).num_BHN.float().mean().item() for w in (long // 2, long)]
+    long = torch.tensor(trainer.schedule().long_window, dtype=torch.int32, device=trainer.device)
+    by_window = [window_lists(documents, *w).num_BHN.float().mean().item()
+                 for w in zip((long // 2, long), WINDOW_SLOTS, strict=True)]
     spectral = dict(zip(sorted(config.spectral_layer_ids()), trainer.telemetry, strict=True))
     counts = [spectral[i].num_BHN.float().mean().item() if i in spectral
               else by_window[i in long_window_layers(config.num_layers)] for i in attention_layers(config.num_layers)]

@@ -265,12 +265,16 @@ def content(setting: Setting, tokens: int, backend: str = "triton") -> Cell:
     torch.nn.init.normal_(module.w_publish, generator=torch.Generator().manual_seed(2))
     module = module.to(setting.device)
     state = PointerState(*(torch.tensor(x, dtype=torch.int32, device=setting.device) for x in LISTS))
+    window = torch.tensor(WINDOW, dtype=torch.int32, device=setting.device)
+
+    def choose(marks, documents):
+        return module.lists(marks, documents, state, LISTS, H, window, WINDOW)[0]
 
     def select(marks, documents, needs_grad):
-        return prepare(module.lists(marks, documents, state, LISTS, H)[0], documents, backend=backend, needs_grad=needs_grad)
+        return prepare(choose(marks, documents), documents, backend=backend, needs_grad=needs_grad)
 
     def attend(q, k, v, marks, documents):
-        lists = module.lists(marks, documents, state, LISTS, H)[0]
+        lists = choose(marks, documents)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return pointer_attention(q, k, v, lists, documents, scale=SCALE, backend=backend)[0].transpose(1, 2)
 

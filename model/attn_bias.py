@@ -136,8 +136,9 @@ class Prediction(NamedTuple):
     penalties: Tensor  # [4], mean over queries, in the order of REGULARISERS
 
     def detached(self) -> "Prediction":
-        """For the telemetry; the penalties stay in the graph, they are part of what is minimised."""
-        return self._replace(delta_BHTM=self.delta_BHTM.detach(), pi_entropy=self.pi_entropy.detach())
+        """For the telemetry; the penalties stay in the graph, they are part of what is minimised. Not by `_replace`: torch 2.11
+        cannot return such a tuple from a compiled graph."""
+        return Prediction(self.delta_BHTM.detach(), self.pi_entropy.detach(), self.penalties)
 
 
 class SpectralBias(nn.Module):

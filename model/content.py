@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import BLOCK, BlockLists, Documents
-from model.selection import admit, append_claims, ask, content_lists, publish, search
+from model.selection import Claims, admit, append_claims, ask, content_lists, publish, search
 
 TAPS = 4  # tokens that a pointer head's query and key see
 NEAR_BLOCKS = 2  # own block and the one before: what a question finds there needs no pointer
@@ -103,22 +103,23 @@ class ContentPointers(nn.Module):
         return Landmarks(*self.project(q, k), saliency(q, self.w_ask), saliency(k, self.w_publish))
 
     @torch.no_grad()
-    def lists(self, marks: Landmarks, documents: Documents, state, list_shape, heads: int,
+    def lists(self, marks: Landmarks, documents: Documents, state, list_shape, heads: int, window: Tensor, window_slots: int,
               offsets: BlockLists | None = None) -> tuple[BlockLists, Tensor, Tensor]:
-        """(lists of all `heads`, claims of every block [B, P, N], log-odds of the asking tokens): local band, anchors and
-        claims, or `offsets`, which are the lists of predicted offsets, and claims. `state` is a PointerState; a negative
-        radius switches the claims off."""
+        """(lists of all `heads`, claims of every block [B, P, N], log-odds of the asking tokens). Pointer heads read the local
+        band, the anchors and their claims, the other heads a sliding window of `window` blocks (int32 scalar, at most
+        `window_slots`); with `offsets`, the lists of predicted offsets, every head reads those, and the pointer heads their
+        claims too. `state` is a PointerState, whose negative radius switches the claims off."""
         s = self.shape
         asking = ask(marks.ask_BPT, s.asking, s.memory)
         found = search(marks.p_BTPr, marks.l_BTPr, asking, publish(marks.publish_BPT, s.published), documents,
                        state.local_blocks, state.global_blocks)
         claims = admit(found, asking, s.far_blocks, s.target, s.pacing, s.memory, s.floor)
-        claims = claims._replace(num_BHN=torch.where(state.radius < 0, 0, claims.num_BHN))
+        claims = Claims(torch.where(state.radius < 0, 0, claims.num_BHN), claims.block_BHNW, claims.time_BHNW)
         if offsets is not None:
             lists = append_claims(offsets, claims)
         else:
-            lists = content_lists(claims, documents, state.local_blocks, state.global_blocks, list_shape.local_blocks,
-                                  list_shape.global_blocks, heads)
+            lists = content_lists(claims, documents, state.local_blocks, state.global_blocks, window, list_shape.local_blocks,
+                                  list_shape.global_blocks, window_slots, heads)
         return lists, claims.num_BHN, found.log_odds_BHNR
 
     def losses(self, marks: Landmarks, q_BTHD: Tensor, k_BTHD: Tensor, content_logits, documents: Documents,

@@ -272,19 +272,23 @@ def admit(found: Found, ask_BHNR: Tensor, slots: int, rank: int, pacing: float =
 
 @torch.library.custom_op("scope::content_lists", mutates_args=())
 def _content_lists(num_BHN: Tensor, block_BHNW: Tensor, time_BHNW: Tensor, start_block_N: Tensor, local: Tensor,
-                   globals_: Tensor, local_slots: int, global_slots: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+                   globals_: Tensor, window: Tensor, local_slots: int, global_slots: int, window_slots: int,
+                   heads: int) -> tuple[Tensor, Tensor, Tensor]:
     if num_BHN.is_cuda:
         from model.selection_triton import write_lists
 
-        return write_lists(num_BHN, block_BHNW, time_BHNW, start_block_N, local, globals_, local_slots, global_slots, heads)
+        return write_lists(num_BHN, block_BHNW, time_BHNW, start_block_N, local, globals_, window, local_slots, global_slots,
+                           window_slots, heads)
     B, Hp, N, W = block_BHNW.shape
     own = torch.arange(N, device=num_BHN.device)
-    width = min(local_slots + global_slots + W, N)
+    points = torch.arange(heads, device=num_BHN.device)[:, None] < Hp
+    width = list_width(local_slots, global_slots, window_slots, W, N)
     num_claims = pad(num_BHN, (0, 0, 0, heads - Hp))[..., None]  # none for the other heads
     claim_block, claim_time = (pad(x, (0, 0, 0, 0, 0, heads - Hp)) for x in (block_BHNW, time_BHNW))
     reach = own - start_block_N + 1  # blocks of the document so far
-    band = local.clamp(1, max(local_slots, 1)).minimum(reach)[:, None]
-    fixed = band + globals_.clamp(0, global_slots).minimum(reach - band[:, 0])[:, None]
+    band = torch.where(points, local.clamp(1, local_slots), window.clamp(1, window_slots)).minimum(reach)  # [H, N]
+    fixed = band + torch.where(points, globals_.clamp(0, global_slots), 0).minimum(reach - band)
+    band, fixed = band[..., None], fixed[..., None]
     slot = torch.arange(width, device=num_BHN.device)
     claim = (slot - fixed).clamp(0, W - 1).expand(B, heads, N, width)
     is_claim = (slot >= fixed) & (slot < fixed + num_claims)
@@ -297,25 +301,32 @@ def _content_lists(num_BHN: Tensor, block_BHNW: Tensor, time_BHNW: Tensor, start
 
 
 @_content_lists.register_fake
-def _(num_BHN, block_BHNW, time_BHNW, start_block_N, local, globals_, local_slots, global_slots, heads):
+def _(num_BHN, block_BHNW, time_BHNW, start_block_N, local, globals_, window, local_slots, global_slots, window_slots, heads):
     B, _, N, W = block_BHNW.shape
-    width = min(local_slots + global_slots + W, N)
+    width = list_width(local_slots, global_slots, window_slots, W, N)
     return (num_BHN.new_empty(B, heads, N), num_BHN.new_empty(B, heads, N, width),
             num_BHN.new_empty(B, heads, N * BLOCK, -(-width // 32)))
 
 
-def content_lists(claims: Claims, documents: Documents, local: Tensor, globals_: Tensor, local_slots: int, global_slots: int,
-                  heads: int) -> BlockLists:
-    """The lists of all `heads` attention heads: the local band (own block, the one before, ..., at most `local`), the
-    anchors (the document's first `globals_` blocks, where the band does not hold them), and for the first heads, one of
-    `claims` each, their claims, seen from the claiming token on. Ids are distinct if the claims come from a `search` with
-    the same `local` and `globals_`. At most min(local_slots + global_slots + W, N) slots, whatever the schedule says."""
+def list_width(local_slots: int, global_slots: int, window_slots: int, claims: int, blocks: int) -> int:
+    return min(max(local_slots + global_slots + claims, window_slots), blocks)
+
+
+def content_lists(claims: Claims, documents: Documents, local: Tensor, globals_: Tensor, window: Tensor, local_slots: int,
+                  global_slots: int, window_slots: int, heads: int) -> BlockLists:
+    """The lists of all `heads` attention heads. The first ones, one of `claims` each: the local band (own block, the one
+    before, ..., at most `local`), the anchors (the document's first `globals_` blocks, where the band does not hold them), and
+    the claims, seen from the claiming token on; ids are distinct if the claims come from a `search` with the same `local` and
+    `globals_`. The other heads: a sliding window of `window` blocks. The three are int32 scalars on the device, of at most so
+    many slots; the width is that of the wider kind, whatever the schedule says."""
     Hp = claims.num_BHN.size(1)
     if heads < Hp:
         raise ValueError(f"{heads} attention heads cannot hold the claims of {Hp} pointer heads")
-    if local_slots < 1 or global_slots < 0:
-        raise ValueError(f"{local_slots} local and {global_slots} global slots: at least 1 and 0 are needed")
-    return BlockLists(*_content_lists(*claims, documents.start_block_N, local, globals_, local_slots, global_slots, heads))
+    if local_slots < 1 or global_slots < 0 or window_slots < 1:
+        raise ValueError(f"{local_slots} local, {global_slots} global and {window_slots} window slots: at least 1, 0 and 1 are "
+                         f"needed")
+    return BlockLists(*_content_lists(*claims, documents.start_block_N, local, globals_, window, local_slots, global_slots,
+                                      window_slots, heads))
 
 
 @torch.library.custom_op("scope::append_claims", mutates_args=())

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.attention import BLOCK
+from model.selection import list_width
 
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 GROUP = 4  # blocks interleaved in one group: the lanes that share a row of a tensor core's result
@@ -314,17 +315,21 @@ def admit_claims(block_BHNR: Tensor, odds_BHNR: Tensor, ask_BHNR: Tensor, slots:
 
 
 @triton.jit
-def _lists_kernel(claims_ptr, claim_ptr, time_ptr, start_ptr, local_ptr, globals_ptr, num_ptr, idx_ptr, seen_ptr, H, Hp, N,
-                  LOCAL: tl.constexpr, GLOBALS: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
-                  BLOCK: tl.constexpr):
+def _lists_kernel(claims_ptr, claim_ptr, time_ptr, start_ptr, local_ptr, globals_ptr, window_ptr, num_ptr, idx_ptr, seen_ptr,
+                  H, Hp, N, LOCAL: tl.constexpr, GLOBALS: tl.constexpr, WINDOW: tl.constexpr, W: tl.constexpr,
+                  WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """One row of `selection.content_lists`; SLOTS is WIDTH or more, a power of two."""
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     row = bh.to(tl.int64) * N + n
     claims_row = (b * Hp + h).to(tl.int64) * N + n
     start = tl.load(start_ptr + n)
-    band = tl.minimum(tl.minimum(tl.maximum(tl.load(local_ptr), 1), LOCAL), n - start + 1)
-    anchors = tl.minimum(tl.minimum(tl.maximum(tl.load(globals_ptr), 0), GLOBALS), n - start + 1 - band)
+    if h < Hp:
+        band = tl.minimum(tl.minimum(tl.maximum(tl.load(local_ptr), 1), LOCAL), n - start + 1)
+        anchors = tl.minimum(tl.minimum(tl.maximum(tl.load(globals_ptr), 0), GLOBALS), n - start + 1 - band)
+    else:
+        band = tl.minimum(tl.minimum(tl.maximum(tl.load(window_ptr), 1), WINDOW), n - start + 1)
+        anchors = 0
     fixed = band + anchors
     claims = tl.load(claims_ptr + claims_row, mask=h < Hp, other=0)
     slot = tl.arange(0, SLOTS)
@@ -345,13 +350,15 @@ def _lists_kernel(claims_ptr, claim_ptr, time_ptr, start_ptr, local_ptr, globals
 
 
 def write_lists(num_BHN: Tensor, block_BHNW: Tensor, time_BHNW: Tensor, start_block_N: Tensor, local: Tensor,
-                globals_: Tensor, local_slots: int, global_slots: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+                globals_: Tensor, window: Tensor, local_slots: int, global_slots: int, window_slots: int,
+                heads: int) -> tuple[Tensor, Tensor, Tensor]:
     B, Hp, N, W = block_BHNW.shape
-    width = min(local_slots + global_slots + W, N)
+    width = list_width(local_slots, global_slots, window_slots, W, N)
     num = torch.empty(B, heads, N, device=num_BHN.device, dtype=torch.int32)
     idx = torch.empty(B, heads, N, width, device=num_BHN.device, dtype=torch.int32)
     seen = torch.empty(B, heads, N * BLOCK, -(-width // 32), device=num_BHN.device, dtype=torch.int32)
     _lists_kernel[(N, B * heads)](num_BHN.contiguous(), block_BHNW.contiguous(), time_BHNW.contiguous(), start_block_N, local,
-                                  globals_, num, idx, seen, heads, Hp, N, local_slots, global_slots, W, width,
+                                  globals_, window, num, idx, seen, heads, Hp, N, local_slots, global_slots, window_slots, W,
+                                  width,
                                   triton.next_power_of_2(width), BLOCK, num_warps=1)
     return num, idx, seen

@@ -122,13 +122,13 @@ def test_the_language_model_teaches_landmarks_too():
 
 
 def test_far_blocks_are_read_by_the_pointer_heads_alone_and_within_the_budget():
-    model, tokens = model_for(**dict(CONTENT, SPECTRAL_POINTER_LOCAL_BLOCKS=2)), documents_of(T, 9, mean_length=10**9)
+    model, tokens = model_for(**dict(CONTENT, SPECTRAL_POINTER_NEAR_BLOCKS=2)), documents_of(T, 9, mean_length=10**9)
     context = context_of(model, tokens)
     with torch.no_grad():
         telemetry = model.hidden(tokens, context)[1]
     for layer in telemetry:
-        far = layer.num_BHN[0, 0] - layer.num_BHN[0, 1]
-        assert (layer.num_BHN[0, 1] == torch.arange(1, 9).clamp(max=3)).all()  # the band of two and the anchor
+        far = layer.num_BHN[0, 0] - torch.arange(1, 9).clamp(max=3)  # the band of two and the anchor
+        assert (layer.num_BHN[0, 1] == torch.arange(1, 9).clamp(max=9)).all()  # a window as long as it is at step 60 of 100
         assert far.max() <= 4 and far[3:].sum() > 0 and torch.equal(far, layer.pointing.claims_BPN[0, 0])
     stats = S.scope_stats(telemetry, context.documents, 2)
     assert max(stats["claimed_blocks_max"]) <= 4 and len(stats["landmark_kl"]) == 4
@@ -145,7 +145,7 @@ def test_a_planted_match_is_found():
     k[0, 3 * BLOCK + 77, 0], q[0, 10 * BLOCK + 30, 0] = 3 * mark, 3 * mark
     documents = Documents.of(torch.ones(12 * BLOCK, dtype=torch.int32), 0)
     state = S.PointerState(*(torch.tensor(x, dtype=torch.int32) for x in (2, 1, 1)))
-    lists, claims, _ = module.lists(module(q, k), documents, state, S.ListShape(2, 0, 1), heads=1)
+    lists, claims, _ = module.lists(module(q, k), documents, state, S.ListShape(2, 0, 1), 1, torch.tensor(1), 1)
     row = lists.idx_BHNW[0, 0, 10, : lists.num_BHN[0, 0, 10]].tolist()
     assert 3 in row and claims[0, 0, 10] >= 1
     slot = row.index(3)

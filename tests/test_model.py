@@ -32,7 +32,7 @@ POINTERS = dict(BIAS, SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_LOCAL_BLOCKS
                 SPECTRAL_POINTER_GLOBAL_BLOCKS_WARMUP_STEPS=10)
 SCHEDULED = dict(POINTERS, SPECTRAL_POINTER_SCHEDULE=1, SPECTRAL_POINTER_MID_FRAC=0.25, SPECTRAL_POINTER_FULL_FRAC=0.5,
                  SPECTRAL_POINTER_HALF_BLOCKS=2)
-CONTENT = dict(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="content", SPECTRAL_POINTER_LOCAL_BLOCKS=1,
+CONTENT = dict(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="content", SPECTRAL_POINTER_NEAR_BLOCKS=1,
                SPECTRAL_POINTER_GLOBAL_BLOCKS=0, SPECTRAL_POINTER_GLOBAL_BLOCKS_WARMUP=1, SPECTRAL_POINTER_HEADS=1,
                SPECTRAL_LANDMARK_DIM=16, SPECTRAL_POINTER_FAR_BLOCKS=4, SPECTRAL_POINTER_FLOOR=-30)
 VARIANTS = {
@@ -656,17 +656,21 @@ def test_the_list_operators_never_wait_for_the_device():
 def shards(tmp_path_factory):
     root = tmp_path_factory.mktemp("shards")
     for name, seed in (("train", 0), ("val", 1)):
-        write_shard(root / f"{name}.bin", documents_of(8000, seed).numpy())
+        tokens = documents_of(8000, seed)
+        words = torch.arange(8000, dtype=torch.int32) % 24 + DELIMITER  # the first of them is the delimiter: left alone
+        tokens = torch.where((torch.arange(8000) % 3 == 0) & (tokens != DELIMITER) & (words != DELIMITER), words, tokens)
+        write_shard(root / f"{name}.bin", tokens.numpy())
     return dict(TRAIN_FILES=root / "train.bin", VAL_FILES=root / "val.bin")
 
 
 def compiled_run(shards, logs, backend, monkeypatch, **variables):
-    """A run of the script with TORCH_COMPILE=1 that crosses every change of every schedule; returns its directory."""
+    """A run of the script with TORCH_COMPILE=1 that crosses every change of every schedule; returns its directory. Needles ask
+    for more words than the other tests have."""
     monkeypatch.setattr(torch, "compile", lambda *args, **options: COMPILE(*args, **options | dict(backend=backend, mode=None)))
     values = BASE | SCHEDULED | shards | dict(
         TRAIN_SEQ_LEN=512, BATCH_TOKENS=512, VAL_SEQ_LEN=256, VAL_TOKENS=512, NUM_LAYERS=2, NUM_ITERATIONS=8, VAL_LOSS_EVERY=3,
         SPECTRAL_POINTER_GLOBAL_BLOCKS_WARMUP_STEPS=3, SCOPE_LOG_EVERY=2, SAVE_CHECKPOINT=0, LOG_DIR=logs, RUN_NAME="r",
-        TORCH_COMPILE=1, NEEDLE_EVAL=1, NEEDLE_SEQ_LEN=384, NEEDLE_DISTANCES="64,100", NEEDLE_ANCHOR_LEN=2,
+        TORCH_COMPILE=1, VOCAB_SIZE=64, NEEDLE_EVAL=1, NEEDLE_SEQ_LEN=384, NEEDLE_DISTANCES="64,100", NEEDLE_ANCHOR_LEN=2,
         NEEDLE_VALUE_LEN=2, NEEDLE_SAMPLES_PER_DISTANCE=2) | variables
     with mock.patch.dict(os.environ, {k: str(v) for k, v in values.items()}, clear=True):
         S.main([])
@@ -679,9 +683,11 @@ def record_lines(run):
             for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_no_schedule_recompiles(shards, tmp_path, fresh_dynamo, monkeypatch):
+@pytest.mark.parametrize("source", [{}, CONTENT | dict(SPECTRAL_BIAS=0)])
+def test_no_schedule_recompiles(source, shards, tmp_path, fresh_dynamo, monkeypatch):
     """The compiled script over every change of every schedule."""
-    run = compiled_run(shards, tmp_path, "eager", monkeypatch)
+    anchors = dict(SPECTRAL_POINTER_GLOBAL_BLOCKS=1, SPECTRAL_POINTER_GLOBAL_BLOCKS_WARMUP=2)
+    run = compiled_run(shards, tmp_path, "eager", monkeypatch, **source | anchors)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["recompiles_after_warmup"] == 0
     log = (run / "log.txt").read_text()

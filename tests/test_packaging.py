@@ -71,10 +71,12 @@ def module_level_imports(path: Path) -> set[str]:
 def test_requirements_are_what_the_code_imports():
     files = [path for path in image_files() if path.suffix == ".py"]
     own = {path.parts[0].removesuffix(".py") for path in files} | {path.stem for path in files}
-    imported = set().union(*(module_level_imports(ROOT / path) for path in files if path.stem != "attention_triton"))
+    kernels = [path for path in files if path.stem.endswith("_triton")]
+    imported = set().union(*(module_level_imports(ROOT / path) for path in files if path not in kernels))
     assert imported - set(sys.stdlib_module_names) - own == set(requirements("requirements.txt"))
     # Imported where a GPU is used, and Triton is part of torch's CUDA builds.
-    assert module_level_imports(ROOT / "model/attention_triton.py") <= {"typing", "torch", "triton", "model"}
+    assert len(kernels) == 2
+    assert all(module_level_imports(ROOT / path) <= {"typing", "torch", "triton", "model"} for path in kernels)
 
 
 def test_development_versions_are_exact_and_within_the_ranges():

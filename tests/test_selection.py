@@ -307,41 +307,43 @@ def random_claims(N, Hp, W, documents, local, globals_, seed):
     return Claims(num, block, time)
 
 
-LISTS = [  # N, pointer heads, heads, W, mean document, local, globals, slots for both
-    (12, 2, 3, 4, 10**6, 2, 1, 3, 1), (9, 1, 1, 8, 500, 1, 2, 1, 2), (5, 3, 4, 16, 300, 4, 0, 4, 0),
-    (7, 1, 2, 4, 200, 0, 9, 2, 2), (60, 1, 2, 32, 10**6, 3, 2, 3, 2), (8, 2, 2, 2, 10**6, 9, 1, 4, 1)]
+LISTS = [  # N, pointer heads, heads, W, mean document, local, globals, window, slots for the three
+    (12, 2, 3, 4, 10**6, 2, 1, 5, 3, 1, 6), (9, 1, 1, 8, 500, 1, 2, 1, 1, 2, 1), (5, 3, 4, 16, 300, 4, 0, 2, 4, 0, 2),
+    (7, 1, 2, 4, 200, 0, 9, 0, 2, 2, 3), (60, 1, 2, 32, 10**6, 3, 2, 14, 3, 2, 14), (40, 2, 3, 2, 10**6, 9, 1, 20, 4, 1, 14)]
 
 
-def loop_lists(claims, start, h, n, local, globals_, local_slots, global_slots):
+def loop_lists(claims, start, h, n, local, globals_, window, local_slots, global_slots, window_slots):
     """[(block, seen from position)] of one query block."""
+    if h >= claims.num_BHN.size(1):
+        return [(b, 0) for b in range(n, n - min(max(window, 1), window_slots), -1) if b >= start[n]]
     row = [(b, 0) for b in range(n, n - min(max(local, 1), local_slots), -1) if b >= start[n]]
     anchors = range(start[n], start[n] + min(globals_, global_slots))
     row += [(b, 0) for b in anchors if b <= n and (b, 0) not in row]
-    if h < claims.num_BHN.size(1):
-        num = claims.num_BHN[0, h, n]
-        row += zip(claims.block_BHNW[0, h, n, :num].tolist(), claims.time_BHNW[0, h, n, :num].tolist(), strict=True)
-    return row
+    num = claims.num_BHN[0, h, n]
+    return row + list(zip(claims.block_BHNW[0, h, n, :num].tolist(), claims.time_BHNW[0, h, n, :num].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("case", LISTS)
 def test_lists_against_a_loop(case, kernel):
-    N, Hp, H, W, length, local, globals_, local_slots, global_slots = case
+    N, Hp, H, W, length, local, globals_, window, *slots = case
+    local_slots, global_slots, window_slots = slots
     documents = documents_of(N, N, length)
     reach = min(max(local, 1), local_slots), min(globals_, global_slots)
     claims = random_claims(N, Hp, W, documents, *reach, seed=N)
-    inputs = [*(x.to(DEVICE) for x in claims), documents.start_block_N, scalar(local), scalar(globals_)]
+    inputs = [*(x.to(DEVICE) for x in claims), documents.start_block_N, scalar(local), scalar(globals_),
+              scalar(window)]
     if kernel:
-        lists = BlockLists(*kernels().write_lists(*inputs, local_slots, global_slots, H))
+        lists = BlockLists(*kernels().write_lists(*inputs, *slots, H))
     else:
-        lists = content_lists(Claims(*inputs[:3]), documents, *inputs[4:], local_slots, global_slots, H)
-    width = min(local_slots + global_slots + W, N)
+        lists = content_lists(Claims(*inputs[:3]), documents, *inputs[4:], *slots, H)
+    width = min(max(local_slots + global_slots + W, window_slots), N)
     assert lists.idx_BHNW.shape == (1, H, N, width) and lists.seen_BHTw.shape == (1, H, N * BLOCK, -(-width // 32))
     seen = unpack_seen(lists.seen_BHTw, width).view(1, H, N, BLOCK, width).cpu()
     start = documents.start_block_N.tolist()
     for h in range(H):
         for n in range(N):
-            num, row = int(lists.num_BHN[0, h, n]), loop_lists(claims, start, h, n, local, globals_, local_slots, global_slots)
+            num, row = int(lists.num_BHN[0, h, n]), loop_lists(claims, start, h, n, local, globals_, window, *slots)
             assert lists.idx_BHNW[0, h, n, :num].tolist() == [b for b, _ in row] and len(dict(row)) == num
             since = torch.tensor([t for _, t in row])
             assert torch.equal(seen[0, h, n, :, :num], torch.arange(BLOCK)[:, None] >= since)
@@ -357,7 +359,7 @@ def select(p, l, asking_score, key_score, documents, counts=(16, 32), heads=3): 
     asks = ask(asking_score, counts[0], 2)
     found = search(p, l, asks, publish(key_score, counts[1]), documents, local, globals_)
     claims = admit(found, asks, 4, 3, memory=2, floor=-3.0)
-    return claims, content_lists(claims, documents, local, globals_, 2, 1, heads)
+    return claims, content_lists(claims, documents, local, globals_, scalar(3), 2, 1, 3, heads)
 
 
 def chain_inputs(N, H, seed, length=700):
@@ -423,7 +425,7 @@ def test_operators_keep_the_compilers_contract():
     calls = [(ops.publish, (key_score, 32)), (ops.ask, (asking_score, 16, 8)),
              (ops.search, (p, l, asks, published, *documents, local, globals_)),
              (ops.admit, (*found, asks, 4, 3, 2.0, 8, 0.0)),
-             (ops.content_lists, (*claims, documents.start_block_N, local, globals_, 2, 1, 3))]
+             (ops.content_lists, (*claims, documents.start_block_N, local, globals_, local, 2, 1, 2, 3))]
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments)
 
@@ -444,8 +446,8 @@ def test_refusals():
             (lambda: admit(found, asks, 64, 9), "64 slots"),
             (lambda: admit(found, asks, 16, 0), "rank 0"),
             (lambda: admit(found, asks[:, :, :1], 16, 12), "must have one shape"),
-            (lambda: content_lists(admit(found, asks, 4, 3), documents, one, one, 2, 1, 0), "0 attention heads"),
-            (lambda: content_lists(admit(found, asks, 4, 3), documents, one, one, 0, 1, 1), "0 local")]:
+            (lambda: content_lists(admit(found, asks, 4, 3), documents, one, one, one, 2, 1, 1, 0), "0 attention heads"),
+            (lambda: content_lists(admit(found, asks, 4, 3), documents, one, one, one, 0, 1, 1, 1), "0 local")]:
         with pytest.raises(ValueError, match=message):
             wrong()
 
