@@ -166,8 +166,10 @@ class Config:
     spectral_pointer_near_blocks: int = _spectral(4, "content: local band of the heads that search, blocks; few, or they learn "
                                                      "to search no further (mixed: SPECTRAL_POINTER_LOCAL_BLOCKS)", low=1)
     spectral_pointer_floor: float = _spectral(-4.0, "content: log-odds of a block below which it is not read")
-    spectral_pointer_asking: int = _spectral(32, "content: tokens of a block that search, at most", low=16, high=BLOCK)
-    spectral_pointer_published: int = _spectral(32, "content: tokens of a block that can be found", low=16, high=BLOCK)
+    spectral_pointer_asking: int = _spectral(32, "content: tokens of a block that search, at most; in training all do",
+                                             low=16, high=BLOCK)
+    spectral_pointer_published: int = _spectral(32, "content: tokens of a block that can be found; in training all can",
+                                                low=16, high=BLOCK)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
     spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and saliency", low=0)
 
@@ -598,9 +600,8 @@ class Attention(nn.Module):
         the predicted ones, where both point."""
         config, content = self.config, self.content
         marks = content(q, k)
-        lists, claims, log_odds = content.lists(marks, context.documents, context.pointers, config.list_shape,
-                                                config.num_heads, context.window_blocks[int(long_window)],
-                                                WINDOW_SLOTS[int(long_window)], offsets)
+        found = content.point(marks, context.documents, context.pointers, config.list_shape, config.num_heads,
+                              context.window_blocks[int(long_window)], WINDOW_SLOTS[int(long_window)], offsets)
         plain_q, plain_k, q, k = q, k, rotary(q), rotary(k)
 
         def content_logits(rows_S):
@@ -608,11 +609,11 @@ class Attention(nn.Module):
             rows = content.fold(q[:, rows_S], None, config.folded_features)[:, :, :P]
             return ATTENTION_SCALE * torch.einsum("bspd,btpd->pst", rows, k[:, :, :P]).float()
 
-        losses = (content.losses(marks, plain_q, plain_k, content_logits, context.documents, context.sample)
+        losses = (content.losses(marks, found, plain_q, plain_k, content_logits, context.documents, context.sample)
                   if self.training else torch.zeros(len(LOSSES), device=q.device))
         q = content.fold(q, marks.p_BTPr / ATTENTION_SCALE, config.folded_features)
         k = content.fold(k, marks.l_BTPr, config.folded_features)
-        return q, k, lists, ContentTelemetry(claims, log_odds, losses)
+        return q, k, found.lists, ContentTelemetry(found.claims_BPN, found.log_odds_BPNR, losses)
 
 
 class MLP(nn.Module):

@@ -263,12 +263,12 @@ def content(setting: Setting, tokens: int, backend: str = "triton") -> Cell:
     module = ContentPointers(shape, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(module.w_ask, generator=torch.Generator().manual_seed(1))
     torch.nn.init.normal_(module.w_publish, generator=torch.Generator().manual_seed(2))
-    module = module.to(setting.device)
+    module = module.to(setting.device).eval()
     state = PointerState(*(torch.tensor(x, dtype=torch.int32, device=setting.device) for x in LISTS))
     window = torch.tensor(WINDOW, dtype=torch.int32, device=setting.device)
 
     def choose(marks, documents):
-        return module.lists(marks, documents, state, LISTS, H, window, WINDOW)[0]
+        return module.point(marks, documents, state, LISTS, H, window, WINDOW).lists
 
     def select(marks, documents, needs_grad):
         return prepare(choose(marks, documents), documents, backend=backend, needs_grad=needs_grad)

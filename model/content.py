@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import BLOCK, BlockLists, Documents
-from model.selection import Claims, admit, append_claims, ask, content_lists, publish, search
+from model.selection import Claims, admit, append_claims, ask, content_lists, locate, publish, search
 
 TAPS = 4  # tokens that a pointer head's query and key see
-NEAR_BLOCKS = 2  # own block and the one before: what a question finds there needs no pointer
 LEAST_PAST = 512  # tokens of its document that a sampled row must have behind it
 LOSSES = ("landmark_kl", "ask_bce", "publish_bce")
 
@@ -31,8 +30,8 @@ class ContentShape:
     heads: int = 2
     head_dim: int = 128
     dim: int = 32  # r
-    asking: int = 32  # tokens of a block that search, at most
-    published: int = 32  # tokens of a block that can be found
+    asking: int = 32  # tokens of a block that search, at most; in training all do
+    published: int = 32  # tokens of a block that can be found; in training all can
     far_blocks: int = 16  # W, blocks that a query block may claim
     floor: float = -4.0  # log-odds below which nothing is claimed
     rows: int = 128  # S
@@ -50,6 +49,16 @@ class Landmarks(NamedTuple):
     l_BTPr: Tensor  # of the keys: p . l is in nats
     ask_BPT: Tensor  # logit: is a far place worth searching from here; float32
     publish_BPT: Tensor  # logit: will this token be looked for; float32
+
+
+class Pointing(NamedTuple):
+    """What the search came to."""
+
+    lists: BlockLists  # of all heads
+    claims_BPN: Tensor  # claimed blocks
+    log_odds_BPNR: Tensor  # of every asking token's best block
+    asked_BPT: Tensor | None  # in training: the share of its past's weight that a token's best far block has
+    wanted_BPT: Tensor | None  # in training: the highest such share of the tokens that found this one
 
 
 class ContentTelemetry(NamedTuple):
@@ -103,16 +112,15 @@ class ContentPointers(nn.Module):
         return Landmarks(*self.project(q, k), saliency(q, self.w_ask), saliency(k, self.w_publish))
 
     @torch.no_grad()
-    def lists(self, marks: Landmarks, documents: Documents, state, list_shape, heads: int, window: Tensor, window_slots: int,
-              offsets: BlockLists | None = None) -> tuple[BlockLists, Tensor, Tensor]:
-        """(lists of all `heads`, claims of every block [B, P, N], log-odds of the asking tokens). Pointer heads read the local
-        band, the anchors and their claims, the other heads a sliding window of `window` blocks (int32 scalar, at most
-        `window_slots`); with `offsets`, the lists of predicted offsets, every head reads those, and the pointer heads their
-        claims too. `state` is a PointerState, whose negative radius switches the claims off."""
+    def point(self, marks: Landmarks, documents: Documents, state, list_shape, heads: int, window: Tensor, window_slots: int,
+              offsets: BlockLists | None = None) -> Pointing:
+        """Pointer heads read the local band, the anchors and their claims, the other heads a sliding window of `window` blocks
+        (int32 scalar, at most `window_slots`); with `offsets`, the lists of predicted offsets, all of the `heads` read those,
+        and the pointer heads their claims too. `state` is a PointerState, whose negative radius switches the claims off."""
         s = self.shape
-        asking = ask(marks.ask_BPT, s.asking, s.memory)
-        found = search(marks.p_BTPr, marks.l_BTPr, asking, publish(marks.publish_BPT, s.published), documents,
-                       state.local_blocks, state.global_blocks)
+        asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory)
+        published = publish(marks.publish_BPT, BLOCK if self.training else s.published)
+        found = search(marks.p_BTPr, marks.l_BTPr, asking, published, documents, state.local_blocks, state.global_blocks)
         claims = admit(found, asking, s.far_blocks, s.target, s.pacing, s.memory, s.floor)
         claims = Claims(torch.where(state.radius < 0, 0, claims.num_BHN), claims.block_BHNW, claims.time_BHNW)
         if offsets is not None:
@@ -120,15 +128,20 @@ class ContentPointers(nn.Module):
         else:
             lists = content_lists(claims, documents, state.local_blocks, state.global_blocks, window, list_shape.local_blocks,
                                   list_shape.global_blocks, window_slots, heads)
-        return lists, claims.num_BHN, found.log_odds_BHNR
+        asked = wanted = None
+        if self.training:
+            asked = found.log_odds_BHNR.sigmoid().flatten(2)
+            at = locate(marks.p_BTPr, marks.l_BTPr, found, asking, published, documents).flatten(2)
+            wanted = torch.zeros_like(asked).scatter_reduce(-1, at.clamp(min=0).long(), asked, "amax")  # -1: asked is 0
+        return Pointing(lists, claims.num_BHN, found.log_odds_BHNR, asked, wanted)
 
-    def losses(self, marks: Landmarks, q_BTHD: Tensor, k_BTHD: Tensor, content_logits, documents: Documents,
+    def losses(self, marks: Landmarks, found: Pointing, q_BTHD: Tensor, k_BTHD: Tensor, content_logits, documents: Documents,
                phase: Tensor) -> Tensor:
         """[3], in the order of LOSSES; their gradients reach this module's parameters alone, taps excepted.
 
         q_BTHD, k_BTHD: normed, pre-rotary. content_logits(rows_S) -> [P, S, T]: what the sampled rows' logits would be
         without the landmarks. B must be 1. Teacher of the landmarks: softmax of those logits over the document's past.
-        Teacher of `ask`: its mass beyond the near blocks; of `publish`: the mass that a key gets from there.
+        Teacher of `ask` and `publish`: what the search of all tokens found.
         """
         s, T = self.shape, q_BTHD.size(1)
         rows_S = torch.arange(s.rows, device=phase.device) * (T // s.rows) + phase
@@ -136,8 +149,6 @@ class ContentPointers(nn.Module):
         with torch.no_grad():
             past_ST = (position_T <= rows_S[:, None]) & (documents.id_T == documents.id_T[rows_S, None])
             teacher_PST = content_logits(rows_S).masked_fill(~past_ST, float("-inf")).softmax(-1)
-            far_PST = teacher_PST * (position_T // BLOCK <= rows_S[:, None] // BLOCK - NEAR_BLOCKS)
-            asked_PS, wanted_PT = far_PST.sum(-1).clamp(max=1), far_PST.sum(1).clamp(max=1)
             counts_S = (past_ST.sum(-1) >= LEAST_PAST).float()
             counts_S = counts_S / counts_S.sum().clamp(min=1)
         q, k = (x[:, :, : s.heads].detach() for x in (q_BTHD, k_BTHD))
@@ -145,9 +156,9 @@ class ContentPointers(nn.Module):
         student_PST = torch.einsum("bspe,btpe->pst", p_BSPr, l_BTPr).float().masked_fill(~past_ST, float("-inf"))
         log_student = student_PST.log_softmax(-1).clamp(min=-50)  # finite where the teacher is 0
         kl_PS = (torch.special.entr(teacher_PST).neg() - teacher_PST * log_student).sum(-1)
-        ask_PS = F.binary_cross_entropy_with_logits(marks.ask_BPT[0, :, rows_S], asked_PS, reduction="none")
-        publish = F.binary_cross_entropy_with_logits(marks.publish_BPT[0], wanted_PT)
-        return torch.stack([(kl_PS * counts_S).sum(-1).mean(), (ask_PS * counts_S).sum(-1).mean(), publish])
+        return torch.stack([(kl_PS * counts_S).sum(-1).mean(),
+                            F.binary_cross_entropy_with_logits(marks.ask_BPT, found.asked_BPT),
+                            F.binary_cross_entropy_with_logits(marks.publish_BPT, found.wanted_BPT)])
 
     def fold(self, x_BTHD: Tensor, mark_BTPr: Tensor | None, reserved: int) -> Tensor:
         """Put the marks in the place of the pointer heads' last non-rotating dimensions but `reserved`, which the spectral

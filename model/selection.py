@@ -24,6 +24,7 @@ POINTER_DIMS = (16, 32, 64)
 MAX_CLAIMS = 32
 MAX_LOG_ODDS = 30.0
 PLAIN_SCORES = 2**24  # scores that the plain search holds at once
+LOCATED_VALUES = 2**25  # landmark values that `locate` holds at once
 
 
 class Found(NamedTuple):
@@ -196,6 +197,37 @@ def search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP: Tenso
         raise ValueError(f"the search takes bfloat16 on a GPU, not {p_BTHd.dtype} and {l_BTHd.dtype}")
     return Found(*_search(p_BTHd.detach(), l_BTHd.detach(), ask_BHNR, publish_BHNP, documents.id_T, documents.start_block_N,
                           local, globals_))
+
+
+@torch.library.custom_op("scope::locate", mutates_args=())
+def _locate(p_BTHd: Tensor, l_BTHd: Tensor, block_BHNR: Tensor, ask_BHNR: Tensor, publish_BHNP: Tensor,
+            doc_id_T: Tensor) -> Tensor:
+    B, H, N, R = ask_BHNR.shape
+    P, d, device = publish_BHNP.size(-1), p_BTHd.size(-1), p_BTHd.device
+    wide = torch.promote_types(p_BTHd.dtype, torch.float32)
+    batch, head = torch.arange(B, device=device).view(B, 1, 1, 1), torch.arange(H, device=device).view(1, H, 1, 1)
+    out = []
+    for n in torch.arange(N, device=device).split(max(1, LOCATED_VALUES // (B * H * R * P * d))):
+        at = n[:, None] * BLOCK + ask_BHNR[:, :, n].long().clamp(max=BLOCK - 1)
+        block = block_BHNR[:, :, n].long()
+        key = block.clamp(min=0)[..., None] * BLOCK + publish_BHNP[batch, head, block.clamp(min=0)].long()
+        score = (p_BTHd[batch, at, head].to(wide)[..., None, :] * l_BTHd[batch[..., None], key, head[..., None]]).sum(-1)
+        score = score.masked_fill(doc_id_T[key] != doc_id_T[at][..., None], float("-inf"))
+        best = key.gather(-1, score.argmax(-1, keepdim=True)).squeeze(-1)
+        out.append(torch.where(block < 0, -1, best).int())
+    return torch.cat(out, 2)
+
+
+@_locate.register_fake
+def _(p_BTHd, l_BTHd, block_BHNR, ask_BHNR, publish_BHNP, doc_id_T):
+    return torch.empty_like(block_BHNR, memory_format=torch.contiguous_format)
+
+
+def locate(p_BTHd: Tensor, l_BTHd: Tensor, found: Found, ask_BHNR: Tensor, publish_BHNP: Tensor,
+           documents: Documents) -> Tensor:
+    """Where in its best block each asker's best key stands: token positions in the sequence, int32 [B, H, N, R]; -1 where
+    nothing was found. Plain PyTorch on every device, a part of the tiles at once."""
+    return _locate(p_BTHd.detach(), l_BTHd.detach(), found.block_BHNR, ask_BHNR, publish_BHNP, documents.id_T)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

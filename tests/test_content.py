@@ -1,7 +1,6 @@
 """Content pointers: the landmarks and their losses against loops, what they teach, and the whole search in a model."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from test_model import BASE, CONTENT, DELIMITER, T, config_for, context_of, docu
 
 import scoped_medium as S
 from model.attention import BLOCK, Documents
-from model.content import LEAST_PAST, LOSSES, NEAR_BLOCKS, TAPS, ContentPointers, ContentShape, content_stats
+from model.content import LEAST_PAST, LOSSES, TAPS, ContentPointers, ContentShape, Pointing, content_stats
 
 pytestmark = pytest.mark.usefixtures("one_thread_on_cpu")
 SHAPE = ContentShape(heads=2, head_dim=32, dim=16, rows=16)
@@ -72,34 +71,32 @@ def test_losses_against_loops():
     q, k = heads(3)
     logits = lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2])  # noqa: E731
     marks = module(q, k)
-    found = module.losses(marks, q, k, logits, documents, phase)
+    asked, wanted = torch.rand(2, 1, 2, T, generator=torch.Generator().manual_seed(0)).double()
+    found = module.losses(marks, Pointing(None, None, None, asked, wanted), q, k, logits, documents, phase)
     rows = [64 * s + 17 for s in range(16)]
-    kl, ask, wanted, count = 0.0, 0.0, torch.zeros(2, T, dtype=torch.float64), 0
+    kl, count = 0.0, 0
     for row in rows:
         past = [j for j in range(row + 1) if documents.id_T[j] == documents.id_T[row]]
         for h in range(2):
             teacher = torch.stack([q[0, row, h] @ k[0, j, h] for j in past]).softmax(0)
-            far = sum(t for t, j in zip(teacher.tolist(), past, strict=True) if j // BLOCK <= row // BLOCK - NEAR_BLOCKS)
-            for t, j in zip(teacher.tolist(), past, strict=True):
-                wanted[h, j] += t if j // BLOCK <= row // BLOCK - NEAR_BLOCKS else 0
             if len(past) >= LEAST_PAST:
                 p = q[0, row, h] @ module.w_query[h] / 32**0.5
                 student = torch.stack([p @ (k[0, j, h] @ module.w_key[h]) for j in past]).log_softmax(0)
                 kl += (teacher * (teacher.log() - student)).sum().item() / 2
-                z = q[0, row, h] @ module.w_ask[h, :-1] + module.w_ask[h, -1]
-                ask -= (far * math.log(z.sigmoid()) + (1 - far) * math.log((-z).sigmoid())) / 2
         count += len(past) >= LEAST_PAST
     assert 2 < count < 16
-    z = torch.einsum("tpd,pd->pt", k[0, :, :2], module.w_publish[:, :-1]) + module.w_publish[:, -1:]
-    y = wanted.clamp(max=1)
-    publish = -(y * z.sigmoid().log() + (1 - y) * (-z).sigmoid().log()).mean()
-    torch.testing.assert_close(found, torch.tensor([kl / count, ask / count, publish.item()]).double(), rtol=1e-4, atol=1e-6)
+    expected = [kl / count]
+    for x, w, y in ((q, module.w_ask, asked[0]), (k, module.w_publish, wanted[0])):
+        z = torch.einsum("tpd,pd->pt", x[0, :, :2], w[:, :-1]) + w[:, -1:]
+        expected.append(-(y * z.sigmoid().log() + (1 - y) * (-z).sigmoid().log()).mean().item())
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
 
 
 def test_the_losses_reach_the_maps_alone():
     module, documents = pointers(), Documents.of(documents_of(T, 4, mean_length=10**9), DELIMITER)
     q, k = (x.requires_grad_() for x in heads(3))
-    losses = module.losses(module(q, k), q, k, lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2]),
+    labels = Pointing(None, None, None, torch.full((1, 2, T), 0.3).double(), torch.full((1, 2, T), 0.1).double())
+    losses = module.losses(module(q, k), labels, q, k, lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2]),
                            documents, torch.tensor(0))
     losses.sum().backward()
     assert q.grad is None and k.grad is None and module.taps.grad is None
@@ -138,19 +135,24 @@ def test_far_blocks_are_read_by_the_pointer_heads_alone_and_within_the_budget():
 
 def test_a_planted_match_is_found():
     """A key equal to a far query's direction: its block is claimed by that query's block, from that query on."""
-    shape = ContentShape(heads=1, head_dim=32, dim=16, far_blocks=4, asking=128, published=128, floor=0.0)
+    shape = ContentShape(heads=1, head_dim=32, dim=16, far_blocks=4, floor=0.0)  # in training all tokens are searched
     module = ContentPointers(shape, torch.Generator().manual_seed(0))
     q, k = (0.03 * noise((1, 12 * BLOCK, 1, 32), i) for i in range(2))
     mark = torch.nn.functional.normalize(noise((32,), 7), dim=0) * 32**0.5
     k[0, 3 * BLOCK + 77, 0], q[0, 10 * BLOCK + 30, 0] = 3 * mark, 3 * mark
     documents = Documents.of(torch.ones(12 * BLOCK, dtype=torch.int32), 0)
     state = S.PointerState(*(torch.tensor(x, dtype=torch.int32) for x in (2, 1, 1)))
-    lists, claims, _ = module.lists(module(q, k), documents, state, S.ListShape(2, 0, 1), 1, torch.tensor(1), 1)
+    marks = module(q, k)
+    found = module.point(marks, documents, state, S.ListShape(2, 0, 1), 1, torch.tensor(1), 1)
+    lists, claims = found.lists, found.claims_BPN
     row = lists.idx_BHNW[0, 0, 10, : lists.num_BHN[0, 0, 10]].tolist()
     assert 3 in row and claims[0, 0, 10] >= 1
     slot = row.index(3)
     seen = (lists.seen_BHTw[0, 0, 10 * BLOCK : 11 * BLOCK, slot // 32] >> (slot % 32)) & 1
     assert seen[30:].all() and not seen[:30].any()
+    asked, wanted = (x[0, 0] for x in (found.asked_BPT, found.wanted_BPT))
+    assert asked[10 * BLOCK + 30] == wanted[3 * BLOCK + 77] == wanted.max() > 0.9  # what teaches the gates
+    assert (asked[: 3 * BLOCK] == 0).all() and (wanted[10 * BLOCK :] == 0).all()
 
 
 @pytest.mark.parametrize("change,message", [

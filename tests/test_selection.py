@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_attention import DELIMITER, random_tokens
 
+from model import selection
 from model.attention import BLOCK, BlockLists, Documents, pointer_attention, unpack_seen
 from model.selection import (
     MAX_LOG_ODDS,
@@ -16,6 +17,7 @@ from model.selection import (
     append_claims,
     ask,
     content_lists,
+    locate,
     publish,
     search,
     search_plain,
@@ -350,6 +352,30 @@ def test_lists_against_a_loop(case, kernel):
             assert not seen[0, h, n, :, num:].any()
 
 
+@pytest.mark.parametrize("R,P,length", [(16, 32, 10**6), (128, 128, 400), (32, 16, 200)])
+def test_locating_the_best_key_against_loops(R, P, length, monkeypatch):
+    monkeypatch.setattr(selection, "LOCATED_VALUES", 2 * R * P * 16)  # tile by tile
+    p, l, asks, published, *_ = search_inputs(6, 2, R, P, 16, R, length)  # noqa: E741
+    documents = documents_of(6, R, length)
+    inputs = [p.to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), asks.to(DEVICE), published.to(DEVICE)]
+    found = search(*inputs, documents, scalar(1), scalar(0))
+    at = locate(*inputs[:2], found, *inputs[2:], documents).cpu()
+    p, l, block, doc = *on_cpu(inputs[:2]), found.block_BHNR.cpu(), documents.id_T.tolist()  # noqa: E741
+    checked = 0
+    for h in range(2):
+        for n in range(6):
+            for slot in range(R):
+                if block[0, h, n, slot] < 0:
+                    assert at[0, h, n, slot] == -1
+                    continue
+                i, b = n * BLOCK + int(asks[0, h, n, slot]), int(block[0, h, n, slot])
+                keys = [b * BLOCK + int(x) for x in published[0, h, b] if doc[b * BLOCK + int(x)] == doc[i]]
+                scores = {j: float(p[0, i, h].float() @ l[0, j, h].float()) for j in keys}
+                assert scores[int(at[0, h, n, slot])] == pytest.approx(max(scores.values()), abs=1e-3)
+                checked += 1
+    assert checked > 20
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The chain
 
@@ -424,6 +450,7 @@ def test_operators_keep_the_compilers_contract():
     claims = admit(found, asks, 4, 3)
     calls = [(ops.publish, (key_score, 32)), (ops.ask, (asking_score, 16, 8)),
              (ops.search, (p, l, asks, published, *documents, local, globals_)),
+             (ops.locate, (p, l, found.block_BHNR, asks, published, documents.id_T)),
              (ops.admit, (*found, asks, 4, 3, 2.0, 8, 0.0)),
              (ops.content_lists, (*claims, documents.start_block_N, local, globals_, local, 2, 1, 2, 3))]
     for operator, arguments in calls:
