@@ -10,6 +10,9 @@ templates come from the same classes, so templates are disjoint too.
 
 Of a key stated more than once, the value is that of its latest statement. The value of a link is the value of the key that it
 names, wherever that key is stated.
+
+The mixer writes passages too: tokens of a document's own text, any of the vocabulary, that stand in it a second time further
+on. Statements alone would teach that answers are of the training values' ids; passages teach to copy whatever there is.
 """
 
 import hashlib
@@ -30,19 +33,23 @@ TEMPLATE_SHAPES = {
     "eval": ((1, 1), (2, 0), (2, 2), (0, 3)),
 }
 COUNT_CHUNK = 1 << 22  # tokens; bincount widens its input to int64, so this bounds memory to 32 MiB
-KEY_LENGTHS, VALUE_LENGTHS = (2, 5), (2, 8)  # tokens, both ends included
-MIN_DISTANCE = 32  # tokens between the starts of any two pieces of a task; more than the longest piece has
+KEY_LENGTHS, VALUE_LENGTHS, PASSAGE_LENGTHS = (2, 5), (2, 8), (8, 64)  # tokens, both ends included
+MIN_DISTANCE = 32  # tokens between the starts of any two pieces of a task (more than a piece has), and of text between copies
 LOOKALIKES = 0.2  # share of the keys that differ in their last token alone from another key of the document
+SHORTEST = 1 + KEY_LENGTHS[0] + VALUE_LENGTHS[0]  # tokens of a piece
 PLACE_TRIES = 16  # places that are tried for one piece
 KEY_TRIES = 16  # draws of a key that is in the sequence nowhere yet
 MAX_FAILURES = 1024  # tasks in a row that found no place: the sequence takes no more
 
 
-class Kind(NamedTuple):
-    """What a task writes before its last question: so many values of one key, a chain of so many links to it, and so many
-    questions in all."""
+PASSAGES = 0.5  # share of the overwritten tokens that are copies of passages; the rest are statements and questions
 
-    share: float  # of the tasks
+
+class Kind(NamedTuple):
+    """What a task with keys writes before its last question: so many values of one key, a chain of so many links to it, and
+    so many questions in all."""
+
+    share: float  # of the tasks with keys
     values: int = 1
     links: int = 0
     questions: int = 1
@@ -162,7 +169,8 @@ def draw_value(generator, value_ids, length):
 
 class Task(NamedTuple):
     """Pieces (int64 token ids) and the places in the sequence where they start. The last piece is the last question with its
-    answer, and lies behind all others; it asks for the last of the keys."""
+    answer, and lies behind all others; it asks for the last of the keys. A passage has no key, and its copy for its only piece.
+    """
 
     kind: str
     document: int  # of those that are long enough
@@ -170,6 +178,7 @@ class Task(NamedTuple):
     answer: np.ndarray
     starts: list
     pieces: list
+    source: int | None = None  # where the text starts that a passage copies, which stays as it is
 
 
 class Mixer:
@@ -190,8 +199,9 @@ class Mixer:
 
     def policy(self) -> str:
         return (
-            f"retrieval mix: {self.share:.1%} of the training tokens; {len(self.key_ids)} key tokens, {len(self.value_ids)} "
-            f"value tokens, {len(self.templates)} templates; validation text is left as it is"
+            f"retrieval mix: {self.share:.1%} of the training tokens, {PASSAGES:.0%} of them in copied passages; "
+            f"{len(self.key_ids)} key tokens, {len(self.value_ids)} value tokens, {len(self.templates)} templates; "
+            "validation text is left as it is"
         )
 
     def mix(self, step, tokens, sequence):
@@ -208,36 +218,28 @@ class Mixer:
     def plan(self, step, tokens, sequence) -> list[Task]:
         """The tasks that `mix` writes."""
         draft = _Draft(self, tokens, f"retrieval mix {self.seed} {step} {sequence}")
-        left, failures = self.share * (len(tokens) - 1), 0
-        while left > 0 and failures < MAX_FAILURES:
-            task = draft.task()
-            if task is None:
-                failures += 1
-                continue
-            size, failures = sum(map(len, task.pieces)), 0
-            if size > left and draft.random() * size >= left:  # so that the share is right on average in a short sequence
-                break
-            draft.accept(task)
-            left -= size
+        size = self.share * (len(tokens) - 1)
+        left = draft.fill(PASSAGES * size, draft.passage)  # first: they need the most room, half of it natural text
+        draft.fill((1 - PASSAGES) * size + left, draft.task)
         return draft.tasks
 
 
 class _Draft:
     """The tasks of one sequence while they are drawn.
 
-    A key occurs in the sequence in the pieces of its task and nowhere else: no key is part of another, the text holds none,
-    and as no piece touches a key token of the text or another piece, none comes about at its ends.
+    A key occurs in the sequence in the pieces of its task and nowhere else: no key is part of another, the text and so its
+    copies hold none, and as no piece touches a key token of the text or another piece, none comes about at its ends.
     """
 
     def __init__(self, mixer, tokens, name):
-        self.mixer, self.tasks = mixer, []
+        self.mixer, self.tokens, self.tasks = mixer, tokens, []
         seed = hashlib.sha256(name.encode()).digest()
         self.random = random.Random(int.from_bytes(seed, "little")).random  # this stream is the same in every release
         last = len(tokens) - 1
         bounds = [0, *(np.flatnonzero(tokens[1:last] == mixer.delimiter) + 1).tolist(), last]
         self.documents = [(a + 1, b) for a, b in itertools.pairwise(bounds) if b - a - 1 > MIN_DISTANCE]
         self.rooms = list(itertools.accumulate(end - begin - MIN_DISTANCE for begin, end in self.documents))
-        self.taken = bytearray(len(tokens))
+        self.taken = bytearray(len(tokens))  # by pieces, and by the text that passages copy
         self.key_T = mixer.is_key_V[tokens].tobytes()
         pairs = np.flatnonzero(mixer.is_key_V[tokens[:-1]] & mixer.is_key_V[tokens[1:]])
         self.text_pairs = set(zip(tokens[pairs].tolist(), tokens[pairs + 1].tolist(), strict=True))
@@ -251,16 +253,61 @@ class _Draft:
     def between(self, ends):
         return ends[0] + self.below(ends[1] - ends[0] + 1)
 
-    def task(self) -> Task | None:
-        """A task that fits beside those accepted, or None."""
+    def log_uniform(self, first, last):
+        """A whole number in [first, last], every octave as likely."""
+        return min(int(first * ((last + 1) / first) ** self.random()), last)  # rounding
+
+    def fill(self, left, draw):
+        """Accepts tasks from `draw` for `left` tokens: on average, as the last may exceed them or be left out. Returns how many
+        tokens found no place."""
+        failures = 0
+        while left > 0:
+            task = draw()
+            if task is None:
+                failures += 1
+                if failures == MAX_FAILURES:
+                    return left
+                continue
+            size, failures = sum(map(len, task.pieces)), 0
+            if size > left and self.random() * size >= left:
+                break
+            self.accept(task)
+            left -= size
+        return 0
+
+    def place(self):
+        """(document, begin, end, place) of a last piece in the text of its document, or None."""
         if not self.rooms:
             return None
         place = self.below(self.rooms[-1])
         document = bisect_right(self.rooms, place)
         begin, end = self.documents[document]
-        question = end - (self.rooms[document] - place)
-        if self.taken[question] or self.key_T[question - 1]:  # most attempts end here
+        place = end - (self.rooms[document] - place)
+        if self.key_T[place - 1] or self.taken.find(1, place - 1, place + SHORTEST + 1) >= 0:  # most attempts end here
             return None
+        return document, begin, end, place
+
+    def passage(self) -> Task | None:
+        """A passage whose copy fits beside the tasks accepted, or None."""
+        if (found := self.place()) is None:
+            return None
+        document, begin, end, start = found
+        length = self.log_uniform(*PASSAGE_LENGTHS)
+        nearest, longest = length + MIN_DISTANCE, start - begin
+        if nearest > longest or start + length > end or not self.free(start, length):
+            return None
+        for _ in range(PLACE_TRIES):
+            source = start - self.log_uniform(nearest, longest)
+            if self.taken.find(1, source, source + length) < 0:
+                copy = self.tokens[source : source + length].astype(np.int64)
+                return Task("passage", document, [], copy, [start], [copy], source)
+        return None
+
+    def task(self) -> Task | None:
+        """A task with keys that fits beside those accepted, or None."""
+        if (found := self.place()) is None:
+            return None
+        document, begin, end, question = found
         name = list(KINDS)[bisect_right(KIND_EDGES, self.random() * KIND_EDGES[-1])]
         keys, answer, pieces = self.pieces(KINDS[name], self.neighbours[document])
         if not keys or question + len(pieces[-1]) > end or not self.free(question, len(pieces[-1])):
@@ -313,8 +360,7 @@ class _Draft:
         starts = []
         for piece in pieces:
             for _ in range(PLACE_TRIES):
-                distance = int(MIN_DISTANCE * ((longest + 1) / MIN_DISTANCE) ** self.random())
-                start = question - min(distance, longest)  # rounding
+                start = question - self.log_uniform(MIN_DISTANCE, longest)
                 apart = all(abs(start - other) >= MIN_DISTANCE for other in starts)
                 if apart and self.free(start, len(piece)):
                     break
@@ -331,5 +377,10 @@ class _Draft:
     def accept(self, task):
         self.tasks.append(task)
         for start, piece in zip(task.starts, task.pieces, strict=True):
-            self.taken[start : start + len(piece)] = b"\1" * len(piece)
+            self.take(start, len(piece))
+        if task.source is not None:
+            self.take(task.source, len(task.answer))
         self.neighbours[task.document].extend(task.keys)
+
+    def take(self, start, length):
+        self.taken[start : start + length] = b"\1" * length

@@ -1,5 +1,5 @@
-"""The grammar of statements and questions, and the mixer that writes them over training text, against a reader that knows
-nothing of how they were written."""
+"""The grammar of statements and questions, and the mixer that writes them and copies of passages over training text, against a
+reader that knows nothing of how they were written."""
 
 import collections
 import contextlib
@@ -159,10 +159,32 @@ def answer_by_reading(document, before, key, between, keys, length, depth=0):
     return document[place : place + length]
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
-@pytest.mark.parametrize(
+def document_of(place, original, delimiter):
+    """(begin, end) of the text between delimiters, or the ends of the sequence, that holds a place."""
+    last = len(original) - 1
+    bounds = [0, *(i for i in range(1, last) if original[i] == delimiter), last]
+    return max(b for b in bounds if b < place) + 1, min(b for b in bounds if b > place)
+
+
+def changed_where_planned(original, mixed, plan, delimiter):
+    """Pieces lie where the plan says, over no other, and what else there is stays."""
+    written = np.zeros(len(original), dtype=int)
+    for task in plan:
+        for start, piece in zip(task.starts, task.pieces, strict=True):
+            written[start : start + len(piece)] += 1
+            assert mixed[start : start + len(piece)].tolist() == piece.tolist()
+    assert written.max() <= 1 and written[0] == written[-1] == 0
+    assert not written[original == delimiter].any() and (mixed == original)[written == 0].all()
+    return written
+
+
+TEXTS = pytest.mark.parametrize(
     ("delimiter", "length", "documents"), [(GPT2, 8192, 3), (BYTES, 8192, 2), (GPT2, 1999, 12), (BYTES, 640, 0)]
 )
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@TEXTS
 def test_every_question_is_answered_earlier_in_its_document(delimiter, length, documents, share):
     mix = mixer(delimiter, share)
     keys, values = set(mix.key_ids), set(mix.value_ids)
@@ -171,20 +193,17 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
         original = sequence(delimiter, length, documents, seed=step)
         mixed, plan = mix.mix(step, original, 1), mix.plan(step, original, 1)
         assert mixed.dtype == np.uint16 and plan
-        bounds = [0, *(i for i in range(1, length) if original[i] == delimiter), length]
-        written = np.zeros(length + 1, dtype=int)
+        changed_where_planned(original, mixed, plan, delimiter)
         tokens = mixed.tolist()
         for task in plan:
             kinds[task.kind] += 1
-            begin = max(b for b in bounds if b < task.starts[-1]) + 1
-            end = min(b for b in bounds if b > task.starts[-1])
+            if task.kind == "passage":
+                continue
+            begin, end = document_of(task.starts[-1], original, delimiter)
             lengths = [len(piece) for piece in task.pieces]
             assert len(task.starts) == len(lengths)
             assert all(begin <= start and start + n <= end for start, n in zip(task.starts, lengths, strict=True))
             assert all(start + 32 <= task.starts[-1] for start in task.starts[:-1])
-            for start, n, piece in zip(task.starts, lengths, task.pieces, strict=True):
-                written[start : start + n] += 1
-                assert tokens[start : start + n] == piece.tolist()
             question = tokens[task.starts[-1] : task.starts[-1] + lengths[-1]]
             before, key, between, answer = parse(question, keys, values)
             assert 2 <= len(key) == len(set(key)) <= 5 and 2 <= len(answer) == len(set(answer)) <= 8
@@ -200,10 +219,38 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
             links = sum(piece[-1] in keys for piece in task.pieces)
             assert not links or (before and between)
             assert links == {"one link": 1, "two links": 2}.get(task.kind, 0)
-        assert written.max() == 1 and written[0] == written[length] == 0
-        assert not written[original == delimiter].any()
-        assert (mixed == original)[written == 0].all()
-    assert length < 8000 or kinds.keys() == KINDS.keys()
+    assert length < 8000 or share > 0.3 or kinds.keys() == {*KINDS, "passage"}  # fuller, few tasks of many pieces find room
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@TEXTS
+def test_every_passage_stands_in_its_document_twice(delimiter, length, documents, share):
+    lengths = set()
+    for step in range(3 if share == 0.5 else 8):
+        original = sequence(delimiter, length, documents, seed=step)
+        mixed, plan = mixer(delimiter, share).mix(step, original, 1), mixer(delimiter, share).plan(step, original, 1)
+        used = changed_where_planned(original, mixed, plan, delimiter)
+        for task in plan:
+            assert (task.kind == "passage") == (task.source is not None)
+            if task.kind != "passage":
+                continue
+            [start], n = task.starts, len(task.pieces[0])
+            source, copy = mixed[task.source : task.source + n], mixed[start : start + n]
+            assert source.tolist() == copy.tolist() == original[task.source : task.source + n].tolist()
+            used[task.source : task.source + n] += 1
+            begin, end = document_of(start, original, delimiter)
+            assert begin <= task.source and task.source + n + 32 <= start and start + n <= end
+            assert 8 <= n <= 64 and task.keys == [] and task.answer.tolist() == copy.tolist()
+            lengths.add(n)
+        assert used.max() == 1  # no source is written over, nor copied twice
+    assert length < 8000 or (min(lengths) < 12 and max(lengths) > 50)
+
+
+def test_passages_are_of_the_whole_vocabulary():
+    text = sequence(GPT2, 65536, 0)
+    copied = np.concatenate([task.answer for task in mixer(GPT2).plan(0, text, 0) if task.kind == "passage"])
+    share = np.bincount(token_classes(copied), minlength=4) / len(copied)
+    assert abs(share - np.bincount(token_classes(text), minlength=4) / len(text)).max() < 0.05
 
 
 @pytest.mark.parametrize("delimiter", [GPT2, BYTES])
@@ -244,33 +291,68 @@ def test_processes_share_the_sequences_of_one(world_size, monkeypatch):
         assert tokens[0] == plain[0] and tokens[-1] == plain[-1]  # the same in the sequence next to it
 
 
+def sizes(delimiter, share, text, steps):
+    """[steps, 2] tokens that the copies of passages and that statements and questions overwrite."""
+    made = np.zeros((steps, 2), dtype=int)
+    for step in range(steps):
+        for task in mixer(delimiter, share).plan(step, text, 0):
+            made[step, int(task.kind != "passage")] += sum(map(len, task.pieces))
+    return made
+
+
 @pytest.mark.parametrize(("delimiter", "share"), [(GPT2, 0.02), (GPT2, 0.1), (GPT2, 0.5), (BYTES, 0.1), (BYTES, 0.5)])
 def test_share(delimiter, share):
-    text = sequence(delimiter, 16384, 2)
-    size = sum(len(piece) for task in mixer(delimiter, share).plan(0, text, 0) for piece in task.pieces)
-    assert size / 16384 == pytest.approx(share, rel=0.2, abs=80 / 16384)  # the last task may exceed it
-    short = sequence(delimiter, 512, 0)
-    sizes = [sum(len(piece) for task in mixer(delimiter, share).plan(s, short, 0) for piece in task.pieces) for s in range(400)]
-    assert np.mean(sizes) / 512 == pytest.approx(share, rel=0.2)
+    """Half of it copies of passages; at 0.5, not every statement and question finds room beside them and their sources."""
+    made = sizes(delimiter, share, sequence(delimiter, 16384, 2), 2) / 16384
+    assert made.mean(axis=0) == pytest.approx(share / 2, rel=0.2, abs=80 / 16384)  # the last task may exceed it
+    assert share > 0.3 or abs(made.sum(axis=1) - share).max() < 150 / 16384
+    made = sizes(delimiter, share, sequence(delimiter, 512, 0), 400) / 512
+    assert made.mean(axis=0) == pytest.approx(share / 2, rel=0.2)
+
+
+def test_share_where_no_passage_fits():
+    """Documents of 39 tokens: a passage of 8 would have to start 40 after its source."""
+    text = zipf(4001, 3)
+    text[::40] = GPT2
+    made = sizes(GPT2, 0.02, text, 20)
+    assert not made[:, 0].any() and made[:, 1].mean() / 4000 == pytest.approx(0.02, rel=0.2)
 
 
 @functools.cache
 def many_tasks():
-    return [task for step in range(40) for task in mixer(GPT2, 0.05).plan(step, sequence(GPT2, 16384, 0, seed=1), 0)]
+    return [task for step in range(80) for task in mixer(GPT2, 0.05).plan(step, sequence(GPT2, 16384, 0, seed=1), 0)]
+
+
+def octaves(distances):
+    return np.bincount(np.log2(np.array(distances) / 32).astype(int), minlength=9) / len(distances)
+
+
+def expected_octaves(nearest):
+    """A last piece uniform in [nearest, 16384), then a distance log-uniform in [nearest, its place)."""
+    edges = np.log(32 * 2.0 ** np.arange(10))
+    first, last = np.log(nearest), np.log(np.arange(nearest + 1, 16384))[:, None]
+    return np.diff((np.clip(edges, first, last) - first) / (last - first), axis=1).mean(axis=0)
 
 
 def test_distances_spread_over_all_scales():
     single = [task.starts[-1] - task.starts[0] for task in many_tasks() if task.kind == "single"]
-    octaves = np.bincount(np.log2(np.array(single) / 32).astype(int), minlength=9) / len(single)
-    assert min(single) >= 32 and len(octaves) == 9
-    # A question uniform in [32, 16384), then a distance log-uniform below its place.
-    expected = np.mean([np.diff(np.clip(np.log(2.0 ** np.arange(10)), 0, top)) / top
-                        for top in np.log(np.arange(33, 16384) / 32)], axis=0)
-    assert abs(octaves - expected).max() < 0.035 and expected.min() > 0.02
+    assert min(single) >= 32 and len(octaves(single)) == 9
+    assert abs(octaves(single) - expected_octaves(32)).max() < 0.035 and expected_octaves(32).min() > 0.02
+
+
+def test_passages_spread_over_lengths_and_distances():
+    passages = [task for task in many_tasks() if task.kind == "passage"]
+    lengths = np.array([len(task.answer) for task in passages])
+    assert lengths.min() == 8 and lengths.max() > 60
+    drawn = np.diff(np.log([8, 16, 32, 65])) / math.log(65 / 8)
+    assert abs(np.histogram(lengths, [8, 16, 32, 65])[0] / len(lengths) - drawn).max() < 0.06
+    distances = [task.starts[0] - task.source for task in passages]
+    expected = np.mean([expected_octaves(32 + n) for n in lengths[:200]], axis=0)
+    assert abs(octaves(distances) - expected).max() < 0.04 and expected.min() > 0.02
 
 
 def test_kinds_and_lookalikes_come_in_their_shares():
-    tasks = many_tasks()
+    tasks = [task for task in many_tasks() if task.kind != "passage"]
     assert sum(kind.share for kind in KINDS.values()) == pytest.approx(1)
     for name, kind in KINDS.items():
         share = sum(task.kind == name for task in tasks) / len(tasks)
