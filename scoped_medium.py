@@ -111,7 +111,7 @@ class Config:
     train_seq_len: int = _training(65536, "tokens in one training sequence", low=BLOCK)
     batch_tokens: int = _training(524288, "tokens in one optimizer step, over all processes (by accumulation)", low=BLOCK)
     seed: int = _training(0, "seed of the weights, of the needles and of RETRIEVAL_MIX", low=0, high=2**63 - 1)
-    retrieval_mix: float = _training(0.0, "share of the training tokens that retrieval statements and questions overwrite",
+    retrieval_mix: float = _training(0.0, "share of training tokens that statements, questions and copied passages overwrite",
                                      low=0, high=0.5)
     cooldown_frac: float = _training(0.6, "share of the steps over which the learning rate falls to 0", low=1e-9, high=1)
     warmup_steps: int = _training(10, "untimed steps on random tokens before step 0 (compiled runs only; state restored)",
