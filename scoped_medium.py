@@ -81,6 +81,7 @@ from model.attn_bias import (
     SpectralBias,
     SpectralShape,
     augment,
+    past_lists,
     pointer_lists,
     scope_bins,
     scope_stats,
@@ -128,7 +129,8 @@ class Config:
     spectral_use_pointer_mask: bool = _spectral(False, "pointer lists in the spectral layers (arm C) instead of the "
                                                        "sliding window (arm B)")
     spectral_pointer_source: str = _spectral("offset", "what points: offsets predicted from the query, a search of the past by "
-                                                       "content, or both", choices=("offset", "content", "mixed"))
+                                                       "content, or both; dense reads all of the past, at quadratic cost, for "
+                                                       "comparison", choices=("offset", "content", "mixed", "dense"))
     spectral_layers: str = _spectral("long", "layers with bias and pointers: long (the long-window layers), all, or ids "
                                              "like 0,4,11")
     spectral_impl: str = _spectral("qk_aug", "bias as extra q.k dimensions, or as a FlexAttention score_mod (very slow)",
@@ -285,10 +287,9 @@ class Config:
         if self.needle_eval:
             problems += check_needle_shape(self.needle_seq_len, self.needle_distances, self.needle_anchor_len,
                                            self.needle_value_len)
-        refuse(self.spectral_use_pointer_mask and not self.spectral_bias and self.spectral_pointer_source != "content",
-               "SPECTRAL_USE_POINTER_MASK=1 needs SPECTRAL_BIAS=1, which predicts the offsets, or "
-               "SPECTRAL_POINTER_SOURCE=content")
-        problems += self.impossible_spectral() if (self.spectral_bias or self.content_pointers) else []
+        refuse(self.offset_pointers and not self.spectral_bias, "SPECTRAL_USE_POINTER_MASK=1 needs SPECTRAL_BIAS=1, which "
+               "predicts the offsets, or SPECTRAL_POINTER_SOURCE=content")
+        problems += self.impossible_spectral() if self.spectral_bias or self.spectral_use_pointer_mask else []
         return [text for text in problems if unread.isdisjoint(re.findall(r"\w+", text))]
 
     def impossible_spectral(self) -> list[str]:
@@ -339,7 +340,15 @@ class Config:
 
     @property
     def content_pointers(self) -> bool:
-        return self.spectral_use_pointer_mask and self.spectral_pointer_source != "offset"
+        return self.spectral_use_pointer_mask and self.spectral_pointer_source in ("content", "mixed")
+
+    @property
+    def offset_pointers(self) -> bool:
+        return self.spectral_use_pointer_mask and self.spectral_pointer_source in ("offset", "mixed")
+
+    @property
+    def dense(self) -> bool:
+        return self.spectral_use_pointer_mask and self.spectral_pointer_source == "dense"
 
     @property
     def folded_features(self) -> int:
@@ -354,7 +363,7 @@ class Config:
 
     def spectral_layer_ids(self) -> set[int]:
         """Layers with the bias, the pointers, or both."""
-        if not (self.spectral_bias or self.content_pointers):
+        if not (self.spectral_bias or self.spectral_use_pointer_mask):
             return set()
         if self.spectral_layers in ("long", "all"):
             return attention_layers(self.num_layers) & (long_window_layers(self.num_layers) if self.spectral_layers == "long"
@@ -545,7 +554,7 @@ class Context(NamedTuple):
     """What every layer of one forward needs to know of its sequence."""
 
     documents: Documents
-    windows: tuple  # (short, long) BlockLists of the sliding windows
+    windows: tuple  # (short, long) BlockLists of the sliding windows, and of all of the past where some layers read that
     window_blocks: tuple  # (short, long) width of these now, int32 scalars
     pointers: PointerState
     sample: Tensor  # int32 scalar, which rows of the past the landmarks are taught with
@@ -561,6 +570,7 @@ class Attention(nn.Module):
         self.lambdas = nn.Parameter(torch.tensor([0.5, 0.5]))
         self.spectral: SpectralBias | None = None  # these two are set by GPT after the baseline's parameters have drawn
         self.content: ContentPointers | None = None
+        self.dense = False
         self.backend = "reference"
 
     def forward(self, x: Tensor, ve: Tensor | None, rotary: Rotary, tables, context: Context, long_window: bool):
@@ -572,10 +582,10 @@ class Attention(nn.Module):
         if self.content is not None:
             q, k = self.content.blend(q, k, documents)
         q, k = norm(q), norm(k)
-        lists, bias, prediction, pointing = context.windows[int(long_window)], None, None, None
+        lists, bias, prediction, pointing = context.windows[2 if self.dense else int(long_window)], None, None, None
         if self.spectral is not None:
             bias, prediction = self.spectral(q, tables)
-        offsets = prediction is not None and config.spectral_use_pointer_mask and config.spectral_pointer_source != "content"
+        offsets = config.offset_pointers and prediction is not None
         if offsets:
             lists = pointer_lists(prediction.delta_BHTM, documents, context.pointers, config.list_shape)
         if self.content is not None:
@@ -583,7 +593,7 @@ class Attention(nn.Module):
         else:
             q, k = rotary(q), rotary(k)
         telemetry = None
-        if bias is not None or pointing is not None:
+        if bias is not None or pointing is not None or self.dense:
             telemetry = LayerTelemetry(lists.num_BHN, prediction and prediction.detached(), pointing)
         narrow_dot = self.backend == "triton" and config.spectral_qk_layout == "append"  # the kernels add the bias themselves
         if bias is not None and config.spectral_impl == "qk_aug" and not narrow_dot:
@@ -680,6 +690,8 @@ class GPT(nn.Module):
         if config.content_pointers:
             for layer in sorted(config.spectral_layer_ids()):
                 self.blocks[layer].attn.content = ContentPointers(config.content_shape(), generator)
+        for layer in config.spectral_layer_ids() if config.dense else ():
+            self.blocks[layer].attn.dense = True
         if config.spectral_bias:
             self.position_tables = PositionTables(config.spectral_shape(), config.max_seq_len)
             for layer in sorted(config.spectral_layer_ids()):
@@ -891,6 +903,8 @@ class Schedule(NamedTuple):
         values = values.to(tokens_T.device, non_blocking=True).unbind()
         documents = Documents.of(tokens_T, c.doc_delimiter)
         windows = [window_lists(documents, *window) for window in zip(values, WINDOW_SLOTS, strict=False)]
+        if c.dense:
+            windows.append(past_lists(documents))
         windows = [prepare(lists, documents, backend=backend, needs_grad=training) for lists in windows]
         return Context(documents, tuple(windows), tuple(values[:2]), PointerState(*values[2:5]), values[5])
 
@@ -902,6 +916,8 @@ class Schedule(NamedTuple):
         """Upper bound of the key blocks that a query block of this layer reads now."""
         c = self.config
         if layer in c.spectral_layer_ids() and c.spectral_use_pointer_mask:
+            if c.dense:
+                return c.train_seq_len // BLOCK
             far = c.spectral_pointer_far_blocks * c.spectral_pointer_heads if c.content_pointers else 0  # of all heads
             if c.spectral_pointer_source == "content":
                 near = (c.pointer_band + self.global_blocks) * c.spectral_pointer_heads

@@ -318,6 +318,14 @@ def window_lists(documents: Documents, window: Tensor, width: int) -> BlockLists
     return BlockLists(*lists, readers=width)
 
 
+def past_lists(documents: Documents) -> BlockLists:
+    """All of the document's past, for all heads: dense attention, whose N slots a block and N^2 in all bound the length."""
+    start = documents.start_block_N
+    own = torch.arange(len(start), device=start.device, dtype=torch.int32)
+    num = (own - start + 1)[None, None]
+    return BlockLists(num.contiguous(), (own[:, None] - own).clamp(min=0)[None, None].contiguous())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Telemetry
 

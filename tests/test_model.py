@@ -47,6 +47,7 @@ VARIANTS = {
     "content, every head and token": dict(CONTENT, SPECTRAL_POINTER_HEADS=2, SPECTRAL_POINTER_ASKING=128,
                                           SPECTRAL_POINTER_PUBLISHED=128, SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
     "content and bias": dict(CONTENT, SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1, SPECTRAL_QK_LAYOUT="append"),
+    "dense": dict(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="dense"),
     "mixed": CONTENT | POINTERS | dict(SPECTRAL_POINTER_SOURCE="mixed", SPECTRAL_QK_LAYOUT="append"),
     "C wide": dict(POINTERS, SPECTRAL_POINTER_HALF_BLOCKS=2, SPECTRAL_POINTERS=3, SPECTRAL_POINTER_GLOBAL_BLOCKS=0),
 }
@@ -165,6 +166,18 @@ def test_documents_do_not_see_each_other(name):
     before = logits_of(model, tokens)
     changed = torch.cat([documents_of(450, 9), tokens[450:]])
     assert torch.equal(logits_of(model, changed)[450:], before[450:])
+
+
+def test_dense_layers_read_all_of_their_document():
+    model, tokens = model_for(**VARIANTS["dense"], NUM_LAYERS=5), documents_of(T, 3, mean_length=10**9)
+    tokens[450] = DELIMITER
+    with recorded_lists() as seen:
+        logits_of(model, tokens)
+    first = [0, 0, 0, 0, 3, 3, 3, 3]  # block of the document's start, as the first token of each block has it
+    for layer, lists in enumerate(seen):
+        for n in range(8):
+            row = lists.idx_BHNW[0, 0, n, : lists.num_BHN[0, 0, n]].tolist()
+            assert layer == 2 or sorted(row) == list(range(first[n], n + 1))
 
 
 def test_score_end_scores_the_last_tokens():
@@ -561,7 +574,7 @@ def graphs_over_the_schedule(variant):
     return graphs
 
 
-@pytest.mark.parametrize("name", ["A", "B", "C", "C append", "C score_mod", "content", "content and bias"])
+@pytest.mark.parametrize("name", ["A", "B", "C", "C append", "C score_mod", "content", "content and bias", "mixed", "dense"])
 def test_one_graph_without_device_reads(name, fresh_dynamo):
     graphs = graphs_over_the_schedule(VARIANTS[name] | (SCHEDULED if "C" in name else {}))
     assert graphs.count == 1 and graphs.reads == []
