@@ -81,6 +81,7 @@ from model.attn_bias import (
     SpectralBias,
     SpectralShape,
     augment,
+    length_scale,
     past_lists,
     pointer_lists,
     scope_bins,
@@ -167,6 +168,8 @@ class Config:
     spectral_pointer_far_blocks: int = _spectral(16, "content: far blocks that a query block reads at most", low=1, high=32)
     spectral_pointer_near_blocks: int = _spectral(4, "content: local band of the heads that search, blocks; few, or they learn "
                                                      "to search no further (mixed: SPECTRAL_POINTER_LOCAL_BLOCKS)", low=1)
+    spectral_length_scale: bool = _spectral(False, "dense: logits grow with the logarithm of the past, against its growing "
+                                                   "noise (scale-invariant attention)")
     spectral_pointer_floor: float = _spectral(-4.0, "content: log-odds of a block below which it is not read")
     spectral_pointer_asking: int = _spectral(32, "content: tokens of a block that search, at most; in training all do",
                                              low=16, high=BLOCK)
@@ -307,6 +310,8 @@ class Config:
                             f"{self.head_dim // 2} dimensions that do not rotate: take fewer bands or "
                             f"SPECTRAL_QK_LAYOUT=append")
         problems += self.impossible_content() if self.content_pointers else []
+        if self.spectral_length_scale and not self.dense:
+            problems.append(f"SPECTRAL_LENGTH_SCALE=1 is for SPECTRAL_POINTER_SOURCE=dense, not {self.spectral_pointer_source}")
         if self.spectral_pointer_mid_frac > self.spectral_pointer_full_frac:
             problems.append(f"SPECTRAL_POINTER_MID_FRAC={self.spectral_pointer_mid_frac} comes after "
                             f"SPECTRAL_POINTER_FULL_FRAC={self.spectral_pointer_full_frac}")
@@ -592,6 +597,8 @@ class Attention(nn.Module):
             q, k, lists, pointing = self.point(q, k, lists if offsets else None, rotary, context, long_window)
         else:
             q, k = rotary(q), rotary(k)
+        if self.dense and config.spectral_length_scale:
+            q = q * length_scale(documents)[:, None, None].type_as(q)
         telemetry = None
         if bias is not None or pointing is not None or self.dense:
             telemetry = LayerTelemetry(lists.num_BHN, prediction and prediction.detached(), pointing)

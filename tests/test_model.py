@@ -48,6 +48,7 @@ VARIANTS = {
                                           SPECTRAL_POINTER_PUBLISHED=128, SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
     "content and bias": dict(CONTENT, SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1, SPECTRAL_QK_LAYOUT="append"),
     "dense": dict(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="dense"),
+    "dense, scaled": dict(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="dense", SPECTRAL_LENGTH_SCALE=1),
     "mixed": CONTENT | POINTERS | dict(SPECTRAL_POINTER_SOURCE="mixed", SPECTRAL_QK_LAYOUT="append"),
     "C wide": dict(POINTERS, SPECTRAL_POINTER_HALF_BLOCKS=2, SPECTRAL_POINTERS=3, SPECTRAL_POINTER_GLOBAL_BLOCKS=0),
 }
@@ -178,6 +179,19 @@ def test_dense_layers_read_all_of_their_document():
         for n in range(8):
             row = lists.idx_BHNW[0, 0, n, : lists.num_BHN[0, 0, n]].tolist()
             assert layer == 2 or sorted(row) == list(range(first[n], n + 1))
+
+
+def test_length_scale_against_a_loop():
+    tokens, start = documents_of(T, 3, mean_length=200), 0
+    found = attn_bias.length_scale(Documents.of(tokens, DELIMITER))
+    for t in range(T):
+        start = t if tokens[t] == DELIMITER else start
+        assert found[t].item() == pytest.approx(math.sqrt(2 * math.log((t - start) / 10 + 1) + 1), rel=1e-5)
+    plain, scaled = (model_for(**VARIANTS[name]) for name in ("dense", "dense, scaled"))
+    a, b = logits_of(plain, tokens), logits_of(scaled, tokens)
+    assert torch.equal(a[0], b[0]) and not torch.allclose(a[1:], b[1:])  # alone, a token cannot tell
+    with pytest.raises(S.Stop, match="SPECTRAL_LENGTH_SCALE=1 is for SPECTRAL_POINTER_SOURCE=dense, not content"):
+        config_for(**CONTENT, SPECTRAL_LENGTH_SCALE=1)
 
 
 def test_score_end_scores_the_last_tokens():
