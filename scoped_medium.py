@@ -1106,6 +1106,11 @@ def choose_backend(config: Config, device: torch.device) -> tuple[str, bool, str
                                    f"slower (uncompiled FlexAttention would ignore the block lists)")
 
 
+def compile_options(config: Config, backend: str) -> dict:
+    return dict(dynamic=False, fullgraph=backend in ("flex", "triton"),
+                mode=None if config.torch_compile_mode == "default" else config.torch_compile_mode)
+
+
 class Trainer:
     def __init__(self, config: Config, device: torch.device, run: RunDirectory):
         self.config, self.device, self.run = config, device, run
@@ -1136,8 +1141,7 @@ class Trainer:
         self.forward, self.score_end = self.model, self.model.score_end
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # one graph per (training or not, length); silent eager beyond
-            options = dict(dynamic=False, fullgraph=backend in ("flex", "triton"),
-                           mode=None if self.config.torch_compile_mode == "default" else self.config.torch_compile_mode)
+            options = compile_options(self.config, backend)
             self.forward = torch.compile(self.model, **options)
             self.score_end = torch.compile(self.model.score_end, **options)
         self.clear_gradients()

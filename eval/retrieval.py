@@ -271,7 +271,7 @@ class Library:
             return draw_value(draw, self.value_ids, self.settings.value_length)
 
         def template(link=False):
-            fit = [t for t in self.templates if len(t.between)] if link else self.templates
+            fit = [t for t in self.templates if t.links] if link else self.templates
             return fit[draw.randint(len(fit))]
 
         one = template(link=cell.task == "tracking")
@@ -446,9 +446,7 @@ class Scorer:
         self.score_end = self.model.score_end
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # one graph per length and number of scored tokens
-            mode = None if config.torch_compile_mode == "default" else config.torch_compile_mode
-            self.score_end = torch.compile(self.model.score_end, dynamic=False, fullgraph=self.backend in ("flex", "triton"),
-                                           mode=mode)
+            self.score_end = torch.compile(self.model.score_end, **scope.compile_options(config, self.backend))
 
     @torch.no_grad()
     def __call__(self, tokens_T: np.ndarray, last: int) -> tuple[np.ndarray, np.ndarray]:

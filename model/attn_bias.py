@@ -364,9 +364,8 @@ def histogram(x: Tensor, edges: list) -> list[float]:
 
 def scope_stats(layers: list[LayerTelemetry], documents: Documents, local_blocks: int) -> dict:
     """SCOPE_STATS over the spectral layers of one forward; reads the device, so call it on logging steps only."""
-    num = torch.stack([layer.num_BHN.float().mean(1) for layer in layers])  # over the heads
-    stats = dict(kv_unique_blocks=dict(mean=num.mean().item()) | quantiles(torch.stack(
-                     [layer.num_BHN.expand_as(max((x.num_BHN for x in layers), key=Tensor.numel)) for layer in layers])),
+    num = torch.stack([layer.num_BHN.expand_as(layers[0].num_BHN) for layer in layers]).float()
+    stats = dict(kv_unique_blocks=dict(mean=num.mean().item()) | quantiles(num),
                  kv_unique_blocks_by_layer=num.flatten(1).mean(1).tolist())
     if layers[0].prediction is not None:
         stats |= offset_stats([layer.prediction for layer in layers], documents, local_blocks)
@@ -376,7 +375,7 @@ def scope_stats(layers: list[LayerTelemetry], documents: Documents, local_blocks
 
 
 def quantiles(x: Tensor) -> dict:
-    x = x.flatten().float().sort().values
+    x = x.flatten().sort().values
     return {name: x[min(int(p * len(x)), len(x) - 1)].item() for name, p in (("p50", 0.5), ("p90", 0.9), ("max", 1))}
 
 
