@@ -287,3 +287,14 @@ def test_only_a_training_step_in_fp8_takes_the_operator(monkeypatch):
     loss_of(*tiny_model(monkeypatch, "fused", fp8=False))
     loss_of(*tiny_model(monkeypatch, "plain"))
     assert calls == [256] and S.Config().head_loss == "plain"
+
+
+@pytest.mark.skipif(CUDA, reason="on a GPU the whole model runs in bf16: bench/step.py")
+def test_the_models_loss_is_one_graph(monkeypatch):
+    torch._dynamo.reset()
+    model, _ = tiny_model(monkeypatch, "fused")
+    x, targets = torch.randn(256, 32, requires_grad=True), torch.randint(0, 130, (256,))
+    results = [run(x, model.head_w, targets, lambda x, w, t, f=f: f(x, t)) for f in (
+        model.cross_entropy, torch.compile(model.cross_entropy, fullgraph=True, dynamic=False, backend="aot_eager"))]
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
