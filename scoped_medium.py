@@ -89,6 +89,16 @@ from model.attn_bias import (
     window_lists,
 )
 from model.content import LOSSES, ContentPointers, ContentShape, ContentTelemetry
+from model.head import (
+    FP8_GRAD_SCALE,
+    FP8_W_SCALE,
+    FP8_X_SCALE,
+    LOGIT_CAP,
+    LOGIT_TEMPERATURE,
+    head_loss,
+    quantise_w,
+    quantise_x,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: every variable is declared once, here. Help, README table, validation and config.json come from it.
@@ -205,6 +215,8 @@ class Config:
     attn_backend: str = _compiler("auto", "triton: own kernels, for Hopper and newer; flex: FlexAttention, any CUDA GPU; "
                                           "reference: plain block gather, the CPU's; auto: the fastest that fits, and logged",
                                   choices=("auto", "reference", "flex", "triton"))
+    head_loss: str = _compiler("plain", "training with the FP8 head: fused makes logits, loss and gradients a chunk of tokens "
+                                        "at a time, plain all logits at once", choices=("plain", "fused"))
     torch_compile: str = _compiler("auto", "compile the model: auto is 1 on CUDA and 0 on CPU", choices=("auto", "0", "1"))
     torch_compile_mode: str = _compiler("default", "mode of torch.compile",
                                         choices=("default", "reduce-overhead", "max-autotune"))
@@ -472,8 +484,6 @@ def variable_table(markdown: bool = False) -> str:
 # Model. With SPECTRAL_BIAS=0 it is baseline.py's, parameter for parameter and operation for operation.
 
 ATTENTION_SCALE = 0.12
-LOGIT_CAP, LOGIT_TEMPERATURE = 30.0, 7.5
-FP8_X_SCALE, FP8_W_SCALE, FP8_GRAD_SCALE = 0.5, 2.0**-9, 2.0**-19
 LONG_WINDOW_BLOCKS = 13.5  # the long window grows from 1 to 14 blocks
 WINDOW_SLOTS = (math.ceil(LONG_WINDOW_BLOCKS) // 2, math.ceil(LONG_WINDOW_BLOCKS))  # of the short and of the long one
 EVAL_CHUNK = 131_072  # tokens of an evaluation whose MLP activations, and whose logits, exist at once
@@ -482,9 +492,7 @@ EVAL_CHUNK = 131_072  # tokens of an evaluation whose MLP activations, and whose
 @torch.library.custom_op("scope::fp8_linear", mutates_args=())
 def fp8_linear(x_TC: Tensor, w_VC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x @ w.T with e4m3 operands; returns bf16 logits and the two quantised operands that the backward needs."""
-    x8 = x_TC.div(FP8_X_SCALE).to(torch.float8_e4m3fn)
-    largest = torch.finfo(torch.float8_e4m3fn).max  # weights reach it, and a plain cast would make NaN of what is beyond
-    w8 = w_VC.div(FP8_W_SCALE).clamp_(-largest, largest).to(torch.float8_e4m3fn)
+    x8, w8 = quantise_x(x_TC), quantise_w(w_VC)
     out = torch._scaled_mm(x8, w8.T, out_dtype=torch.bfloat16, scale_a=x_TC.new_full((), FP8_X_SCALE, dtype=torch.float32),
                            scale_b=x_TC.new_full((), FP8_W_SCALE, dtype=torch.float32), use_fast_accum=True)
     return out, x8, w8
@@ -745,6 +753,9 @@ class GPT(nn.Module):
         if not torch.is_grad_enabled() and len(x_TC) > EVAL_CHUNK:
             parts = zip(x_TC.split(EVAL_CHUNK), targets_T.split(EVAL_CHUNK), strict=True)
             return sum(self.cross_entropy(x, y) * len(x) for x, y in parts) / len(x_TC)
+        if (self.config.head_loss == "fused" and self.training and torch.is_grad_enabled()
+                and fp8_available(x_TC.device)):
+            return head_loss(x_TC, self.head_w, targets_T)
         return F.cross_entropy(self.logits(x_TC), targets_T)
 
     def forward(self, tokens_T: Tensor, targets_T: Tensor, context: Context) -> Output:

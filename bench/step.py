@@ -89,7 +89,7 @@ def component_of_line(path: Path, number: int, backward: bool) -> str:
         return "MLP"
     if name == "GPT.hidden":
         return "embedding" if "embed" in code or "table(" in code else GLUE
-    if name.startswith(("GPT", "fp8")):
+    if name.startswith(("GPT", "fp8")) or path.name == "head.py":
         return "head and loss"
     return "rest"
 
@@ -182,7 +182,7 @@ def components_of_kernel(kernel: dict, opened: list[dict], origins: dict, config
         name = e["name"]
         if name == "context" or re.match(r"scope::\w*lists", name):
             return {"lists": 1}
-        if name.startswith("scope::fp8"):
+        if name.startswith(("scope::fp8", "scope::head")):
             return {"head and loss": 1}
         if name.startswith("scope::pointer_attention"):
             return {"attention backward" if name.endswith("backward") else "attention forward": 1}

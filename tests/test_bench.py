@@ -322,6 +322,7 @@ def test_kernels_are_attributed():
         ([back], "triton_tem_fused_flex_attention_backward_3", [], "attention backward"),
         (["triton_poi_fused_relu_4"], "triton_poi_fused_relu_4", [], "MLP"),
         (["scope::fp8_linear", "aten::_scaled_mm"], "nvjet", [], "head and loss"),
+        (["scope::head_loss"], "_gradient_kernel", [], "head and loss"),
         (["torch::autograd::AccumulateGrad", "aten::add_"], "add", [], "gradients"),
         (["Optimizer.step#Muon.step", "aten::bmm"], "gemm", [], "Muon"),
         (["Optimizer.step#Adam.step", "aten::_fused_adam_"], "adam", [], "Adam"),
@@ -358,6 +359,7 @@ def test_busy_time_counts_overlap_once():
     ("scoped_medium.py", "x2 * cos - x1 * sin", step.GLUE), ("model/attn_bias.py", "phase = delta_BHTM", "bias prediction"),
     ("model/attn_bias.py", "leaders = delta_BHTM", "lists"), ("model/attention.py", "opens_T = tokens_T", "lists"),
     ("model/attention_triton.py", "out, lse = attend(", "attention forward"),
+    ("model/head.py", "grad * grad_x", "head and loss"),
 ])
 def test_source_lines_belong_to_components(file, code, component):
     path = step.ROOT / file
