@@ -6,7 +6,8 @@ training text.
 
 Training and evaluation speak this one grammar with nothing in common but its form. A fixed hash of the token id, whatever
 the text, puts every token into one of four classes: keys and values of training, keys and values of evaluation. The tokens of
-templates come from the same classes, so templates are disjoint too.
+templates come from the same classes, so templates are disjoint too. Half of training's values are words of the text instead,
+of any class, or a model learns that answers are of training's class; each has a token that no value of evaluation has.
 
 Of a key stated more than once, the value is that of its latest statement. The value of a link is the value of the key that it
 names, wherever that key is stated.
@@ -27,11 +28,12 @@ import numpy as np
 
 MIN_IDS = 8  # keys and values each need this many tokens to choose from
 CLASSES = {"train": (0, 1), "eval": (2, 3)}  # keys, values
-# (before, between) tokens of every template.
+# (before, between) tokens of a template: every task of training draws new words, evaluation has one template of each.
 TEMPLATE_SHAPES = {
     "train": ((1, 0), (0, 1), (1, 1), (0, 2), (2, 1), (1, 2), (3, 1), (2, 3)),
     "eval": ((1, 1), (2, 0), (2, 2), (0, 3)),
 }
+LINK_SHAPES = tuple(shape for shape in TEMPLATE_SHAPES["train"] if min(shape) > 0)
 COUNT_CHUNK = 1 << 22  # tokens; bincount widens its input to int64, so this bounds memory to 32 MiB
 KEY_LENGTHS, VALUE_LENGTHS, PASSAGE_LENGTHS = (2, 5), (2, 8), (8, 64)  # tokens, both ends included
 MIN_DISTANCE = 32  # tokens between the starts of any two pieces of a task (more than a piece has), and of text between copies
@@ -40,9 +42,9 @@ SHORTEST = 1 + KEY_LENGTHS[0] + VALUE_LENGTHS[0]  # tokens of a piece
 PLACE_TRIES = 16  # places that are tried for one piece
 KEY_TRIES = 16  # draws of a key that is in the sequence nowhere yet
 MAX_FAILURES = 1024  # tasks in a row that found no place: the sequence takes no more
-
-
 PASSAGES = 0.5  # share of the overwritten tokens that are copies of passages; the rest are statements and questions
+VALUES_OF_TEXT = 0.5  # share of the tasks with keys whose values are words of the text
+VALUE_TRIES = 16  # draws of such a value
 
 
 class Kind(NamedTuple):
@@ -133,17 +135,26 @@ class Template:
         return np.concatenate([self.before, key, self.between])
 
 
-def templates(counts_V, delimiter, part):
-    """Templates of `part`, of tokens in its classes that are too common to be keys or values; none is in both parts.
+def template_ids(counts_V, delimiter, part):
+    """int64, the tokens of which templates of `part` are made: in its classes, too common to be keys or values.
 
-    A function of the ranks of the common tokens alone. ValueError as for word_pools.
+    ValueError as for word_pools.
     """
-    common = np.concatenate([_by_frequency(counts_V, delimiter, c)[0] for c in CLASSES[part]])
-    digest = hashlib.sha256(f"templates {part}".encode()).digest()
+    return np.concatenate([_by_frequency(counts_V, delimiter, c)[0] for c in CLASSES[part]])
+
+
+def draw_template(generator, ids, shape):
+    """A template of different tokens of `ids`; `shape`: how many before and between. For `generator` see draw_key."""
+    words = _draw(generator, ids, sum(shape))
+    return Template(words[: shape[0]], words[shape[0] :])
+
+
+def templates(counts_V, delimiter):
+    """The templates of evaluation, a function of the ranks of its common tokens alone. ValueError as for word_pools."""
+    ids = template_ids(counts_V, delimiter, "eval")
+    digest = hashlib.sha256(b"templates eval").digest()
     generator = np.random.RandomState(np.frombuffer(digest, dtype="<u4"))  # its stream is the same in every NumPy release
-    shapes = TEMPLATE_SHAPES[part]
-    words = [_draw(generator, common, before + between) for before, between in shapes]
-    return [Template(w[:before], w[before:]) for w, (before, between) in zip(words, shapes, strict=True)]
+    return [draw_template(generator, ids, shape) for shape in TEMPLATE_SHAPES["eval"]]
 
 
 def _draw(generator, ids, length):
@@ -190,8 +201,7 @@ class Mixer:
 
     def __init__(self, share, seed, counts_V, delimiter):
         self.share, self.seed, self.delimiter = share, seed, delimiter
-        self.templates = templates(counts_V, delimiter, "train")
-        self.link_templates = [template for template in self.templates if template.links]
+        self.template_ids = template_ids(counts_V, delimiter, "train").tolist()
         keys, values = word_pools(counts_V, delimiter, "train")
         self.key_ids, self.value_ids = keys.tolist(), values.tolist()  # lists: faster to draw from
         self.is_key_V = np.zeros(1 << 16, dtype=bool)
@@ -200,7 +210,8 @@ class Mixer:
     def policy(self) -> str:
         return (
             f"retrieval mix: {self.share:.1%} of the training tokens, {PASSAGES:.0%} of them in copied passages; "
-            f"{len(self.key_ids)} key tokens, {len(self.value_ids)} value tokens, {len(self.templates)} templates; "
+            f"{len(self.key_ids)} key tokens, {len(self.value_ids)} value tokens beside the text's, {len(self.template_ids)} "
+            "of templates; "
             "validation text is left as it is"
         )
 
@@ -321,14 +332,14 @@ class _Draft:
     def pieces(self, kind, neighbours):
         """(keys, answer, pieces) of a task that has no place yet; no keys when they cannot be told from others."""
         mixer = self.mixer
-        choice = mixer.link_templates if kind.links else mixer.templates
-        template = choice[self.below(len(choice))]
+        shapes = LINK_SHAPES if kind.links else TEMPLATE_SHAPES["train"]
+        template = draw_template(self, mixer.template_ids, shapes[self.below(len(shapes))])
         keys = [self.key(neighbours) for _ in range(1 + kind.links)]
         if any(key is None for key in keys):
             return [], None, []
-        length, values = self.between(VALUE_LENGTHS), {}
+        length, values, of_text = self.between(VALUE_LENGTHS), {}, self.random() < VALUES_OF_TEXT
         while len(values) < kind.values:
-            value = draw_value(self, mixer.value_ids, length)
+            value = self.value_of_text(length) if of_text else draw_value(self, mixer.value_ids, length)
             values[value.tobytes()] = value
         values = list(values.values())
         statements = [template.statement(keys[0], value) for value in values]
@@ -354,6 +365,17 @@ class _Draft:
                 self.key_parts |= parts
                 return key
         return None
+
+    def value_of_text(self, length):
+        """int64 [length] tokens of the text, none twice and no key among them, not all of them values of evaluation; where the
+        text is too poor for that, a value of training's class."""
+        for _ in range(VALUE_TRIES):
+            places = [self.below(len(self.tokens)) for _ in range(length)]
+            value = self.tokens[places].astype(np.int64)
+            if (len(set(value.tolist())) == length and self.mixer.delimiter not in value
+                    and not any(self.key_T[place] for place in places) and (token_classes(value) != CLASSES["eval"][1]).any()):
+                return value
+        return draw_value(self, self.mixer.value_ids, length)
 
     def places(self, pieces, question, longest):
         """Starts of the pieces, each at a log-uniform distance of up to `longest` before the question; [] if one has none."""

@@ -220,7 +220,7 @@ class Library:
             shards.check_tokens(path, tokens, vocab_size)
         self.delimiter = delimiter
         self.key_ids, self.value_ids = self.haystack.anchor_ids, self.haystack.value_ids
-        self.templates = templates(self.haystack.counts_V, delimiter, "eval")
+        self.templates = templates(self.haystack.counts_V, delimiter)
         for name, ids in (("key_length", self.key_ids), ("value_length", self.value_ids)):
             if getattr(settings, name) > len(ids):
                 raise ValueError(f"--{name.replace('_', '-')}: {getattr(settings, name)} tokens, but the text offers only "

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import scoped_medium as S
-from data.retrieval import KINDS, Mixer, draw_key, draw_value, templates, token_classes, word_pools
+from data.retrieval import KINDS, Mixer, draw_key, draw_value, template_ids, templates, token_classes, word_pools
 from data.shards import write_shard
 
 GPT2, BYTES = 50256, 256  # delimiters
@@ -83,23 +83,22 @@ def test_pools_against_brute_force(delimiter, part):
         first, last = math.floor(len(observed) ** 0.5), math.floor(len(observed) ** 0.85)
         assert ids.tolist() == observed[first : max(last, first + 8)] and len(ids) >= 8
         common += observed[:first]
-    for template in templates(counts, delimiter, part):
-        assert {*template.before, *template.between} <= set(common)
+    assert template_ids(counts, delimiter, part).tolist() == common
 
 
 @pytest.mark.parametrize("texts", list(itertools.product([GPT2, BYTES], repeat=2)))
 def test_training_and_evaluation_share_nothing(texts):
     """Whatever texts the two parts are given: keys, values and words of templates are six disjoint sets."""
-    sets, whole = [], {}
+    sets = []
     for part, text in zip(("train", "eval"), texts, strict=True):
         sets += [set(ids.tolist()) for ids in word_pools(COUNTS[text], text, part)]
-        made = [(tuple(t.before), tuple(t.between)) for t in templates(COUNTS[text], text, part)]
-        sets.append({word for before, between in made for word in (*before, *between)})
-        assert len(made) == len(set(made)) == {"train": 8, "eval": 4}[part]
-        assert all(0 < len(before) + len(between) and max(len(before), len(between)) <= 3 for before, between in made)
-        whole[part] = set(made)
+        sets.append(set(template_ids(COUNTS[text], text, part).tolist()))
     assert sum(map(len, sets)) == len(set.union(*sets))
-    assert not whole["train"] & whole["eval"]
+    made = templates(COUNTS[texts[1]], texts[1])
+    assert [(len(t.before), len(t.between)) for t in made] == [(1, 1), (2, 0), (2, 2), (0, 3)]
+    for t in made:
+        words = [*t.before, *t.between]
+        assert len(words) == len(set(words)) and set(words) <= sets[-1]
 
 
 def test_poor_text_is_refused():
@@ -131,17 +130,16 @@ def test_draws_are_uniform_and_never_repeat(generator, draw):
 # Mixer, against a reader of the finished tokens
 
 
-def parse(piece, keys, values):
-    """(before, key, between, what follows) of a piece, by the classes of its tokens alone."""
-    kinds = "".join("k" if t in keys else "v" if t in values else "." for t in piece)
-    groups = [(kind, len(list(group))) for kind, group in itertools.groupby(kinds)]
-    shape = "".join(kind for kind, _ in groups)
-    assert shape in ("kv", ".kv", "k.v", ".k.v", ".k.k"), shape
-    ends = [0, *itertools.accumulate(n for _, n in groups)]
+def parse(piece, keys, length):
+    """(before, key, between, what follows) of a piece whose last `length` tokens are a value, by the keys' tokens alone."""
+    kinds = "".join("k" if t in keys else "." for t in piece[:-length])
+    groups = [len(list(group)) for _, group in itertools.groupby(kinds)]
+    shape = "".join(kind for kind, _ in itertools.groupby(kinds))
+    assert shape in ("k", ".k", "k.", ".k."), shape
+    ends = [0, *itertools.accumulate(groups)]
     parts = [piece[a:b] for a, b in itertools.pairwise(ends)]
     before = parts.pop(0) if shape[0] == "." else []
-    between = parts.pop(1) if len(parts) == 3 else []
-    return before, parts[0], between, parts[1]
+    return before, parts[0], parts[1] if len(parts) == 2 else [], piece[-length:]
 
 
 def found(pattern, tokens):
@@ -188,7 +186,7 @@ TEXTS = pytest.mark.parametrize(
 def test_every_question_is_answered_earlier_in_its_document(delimiter, length, documents, share):
     mix = mixer(delimiter, share)
     keys, values = set(mix.key_ids), set(mix.value_ids)
-    kinds = collections.Counter()
+    kinds, asked_with, of_text, of_class = collections.Counter(), set(), 0, 0
     for step in range(3 if share == 0.5 else 8):
         original = sequence(delimiter, length, documents, seed=step)
         mixed, plan = mix.mix(step, original, 1), mix.plan(step, original, 1)
@@ -205,7 +203,11 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
             assert all(begin <= start and start + n <= end for start, n in zip(task.starts, lengths, strict=True))
             assert all(start + 32 <= task.starts[-1] for start in task.starts[:-1])
             question = tokens[task.starts[-1] : task.starts[-1] + lengths[-1]]
-            before, key, between, answer = parse(question, keys, values)
+            before, key, between, answer = parse(question, keys, len(task.answer))
+            asked_with.add((*before, -1, *between))
+            of_class += set(answer) <= values
+            of_text += not set(answer) <= values
+            assert {*before, *between} <= set(mix.template_ids) and (token_classes(answer) != 3).any()
             assert 2 <= len(key) == len(set(key)) <= 5 and 2 <= len(answer) == len(set(answer)) <= 8
             assert answer == task.answer.tolist() and key == task.keys[-1].tolist()
             # The key is where the task wrote it and nowhere else in the document, nor in the sequence.
@@ -220,6 +222,8 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
             assert not links or (before and between)
             assert links == {"one link": 1, "two links": 2}.get(task.kind, 0)
     assert length < 8000 or share > 0.3 or kinds.keys() == {*KINDS, "passage"}  # fuller, few tasks of many pieces find room
+    if length > 8000 and delimiter == GPT2:
+        assert len(asked_with) > 0.7 * (of_text + of_class) and 0.4 < of_text / (of_text + of_class) < 0.6
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
@@ -357,7 +361,7 @@ def test_kinds_and_lookalikes_come_in_their_shares():
     for name, kind in KINDS.items():
         share = sum(task.kind == name for task in tasks) / len(tasks)
         assert abs(share - kind.share) < 5 * math.sqrt(kind.share / len(tasks)), name
-    keys = [tuple(key.tolist()) for task in mixer(GPT2, 0.05).plan(0, sequence(GPT2, 65536, 0), 0) for key in task.keys]
+    keys = [tuple(key.tolist()) for task in mixer(GPT2, 0.2).plan(0, sequence(GPT2, 65536, 0), 0) for key in task.keys]
     stems = collections.Counter(key[:-1] for key in keys)
     alike = sum(n - 1 for stem, n in stems.items()) / len(keys)
     assert 0.1 < alike < 0.3
@@ -404,7 +408,7 @@ def losses(settings, name, key="train_loss"):
 def test_a_mixed_run_resumes_bitwise_and_leaves_validation_alone(settings, monkeypatch):
     main(settings | dict(RUN_NAME="whole", RETRIEVAL_MIX=0.1))
     log = (settings["LOG_DIR"] / "whole" / "log.txt").read_text()
-    assert "retrieval mix: 10.0% of the training tokens" in log and "8 templates" in log
+    assert "retrieval mix: 10.0% of the training tokens" in log and "of templates" in log
     validated = []
     local_sequences = S.local_sequences
 
