@@ -99,6 +99,7 @@ from model.head import (
     quantise_w,
     quantise_x,
 )
+from model.selection import Claims
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: every variable is declared once, here. Help, README table, validation and config.json come from it.
@@ -174,6 +175,8 @@ class Config:
     spectral_pointer_mid_frac: float = _spectral(0.1, "share of the steps after which the pointers start", low=0, high=1)
     spectral_pointer_full_frac: float = _spectral(0.3, "share of the steps after which their radius is full", low=0, high=1)
 
+    spectral_window_hold: float = _spectral(0.0, "share of the steps before the sliding windows grow beyond 2 blocks: what lies "
+                                                 "farther, pointers alone can reach, and so they learn", low=0, high=0.99)
     spectral_pointer_heads: int = _spectral(2, "content: heads of a layer that search and read far blocks", low=1)
     spectral_pointer_far_blocks: int = _spectral(16, "content: far blocks that a query block reads at most", low=1, high=32)
     spectral_pointer_near_blocks: int = _spectral(4, "content: local band of the heads that search, blocks; few, or they learn "
@@ -485,6 +488,7 @@ def variable_table(markdown: bool = False) -> str:
 
 ATTENTION_SCALE = 0.12
 LONG_WINDOW_BLOCKS = 13.5  # the long window grows from 1 to 14 blocks
+HELD_BLOCKS = 2  # of it under SPECTRAL_WINDOW_HOLD
 WINDOW_SLOTS = (math.ceil(LONG_WINDOW_BLOCKS) // 2, math.ceil(LONG_WINDOW_BLOCKS))  # of the short and of the long one
 EVAL_CHUNK = 131_072  # tokens of an evaluation whose MLP activations, and whose logits, exist at once
 
@@ -638,7 +642,7 @@ class Attention(nn.Module):
                   if self.training else torch.zeros(len(LOSSES), device=q.device))
         q = content.fold(q, marks.p_BTPr / ATTENTION_SCALE, config.folded_features)
         k = content.fold(k, marks.l_BTPr, config.folded_features)
-        return q, k, found.lists, ContentTelemetry(found.claims_BPN, found.log_odds_BPNR, losses)
+        return q, k, found.lists, ContentTelemetry(found.claims, found.log_odds_BPNR, losses)
 
 
 class MLP(nn.Module):
@@ -769,12 +773,15 @@ class GPT(nn.Module):
             objective = objective + self.config.spectral_reg_landmark * sum(layer.pointing.losses.sum() for layer in telemetry)
         return Output(objective, loss, telemetry)
 
-    def score_end(self, tokens_T: Tensor, context: Context, last: int) -> tuple[Tensor, Tensor]:
-        """Nats and greedy correctness of the last tokens of a sequence, each [last]; the head sees those positions only."""
-        x_TC, _ = self.hidden(tokens_T, context)
+    def score_end(self, tokens_T: Tensor, context: Context, last: int) -> tuple[Tensor, Tensor, list[Claims]]:
+        """Nats and greedy correctness of the last tokens of a sequence, each [last]; the head sees those positions only. And
+        what the content pointers of every layer that has them claimed in the last tiles, one more than those tokens fill."""
+        x_TC, telemetry = self.hidden(tokens_T, context)
+        tiles = min(math.ceil(last / BLOCK) + 1, len(tokens_T) // BLOCK)
+        claims = [Claims(*(t[:, :, -tiles:] for t in layer.pointing.claims)) for layer in telemetry if layer.pointing]
         log_p = self.logits(x_TC[-last - 1 : -1]).log_softmax(-1)
         targets = tokens_T[-last:].long()
-        return -log_p.gather(-1, targets[:, None])[:, 0], log_p.argmax(-1) == targets
+        return -log_p.gather(-1, targets[:, None])[:, 0], log_p.argmax(-1) == targets, claims
 
 
 def build_model(config: Config, device: torch.device) -> GPT:
@@ -892,7 +899,9 @@ class Schedule(NamedTuple):
 
     @property
     def long_window(self) -> int:
-        return max(1, math.ceil(LONG_WINDOW_BLOCKS * self.step / max(self.total, 1)))
+        hold = self.config.spectral_window_hold
+        grown = math.ceil(LONG_WINDOW_BLOCKS * (self.step - hold * self.total) / max((1 - hold) * self.total, 1))
+        return max(HELD_BLOCKS if hold else 1, grown)
 
     def pointer_radius(self, training: bool = True) -> int:
         """Blocks on each side of a pointer; -1: pointers off."""
@@ -1273,7 +1282,7 @@ class Trainer:
             tokens = torch.from_numpy(tokens_T.astype(np.int32)).to(self.device)
             context = self.context(tokens)
             self.new_graph_step()
-            nats, correct = self.score_end(tokens, context, len(tokens_T) - answer_start)
+            nats, correct, _ = self.score_end(tokens, context, len(tokens_T) - answer_start)
             return nats.float().cpu().numpy(), correct.cpu().numpy()
 
         def reduce(array: np.ndarray) -> np.ndarray:

@@ -64,6 +64,7 @@ MAX_DRAWS = 1000  # attempts at keys that the text does not hold already
 RANK_TIMEOUT = 7200  # seconds that a process waits for the others, which may have a million-token sample more to do
 COLUMNS = ("task", "variant", "length", "low", "high", "n", "contexts", "texts", "stitched", "exact_match", "exact_match_low",
            "exact_match_high", "first_token_accuracy", "token_accuracy", "nats", "retrieval_gain", "retrieval_gain_n", "chance",
+           "needle_read",
            "context_gain", "context_gain_se", "train_length")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,24 +414,27 @@ def tail(sample: Sample) -> int:
 def evaluate_sample(score, library: Library, cell: Cell, index: int) -> dict:
     """The line of samples.jsonl: nats per answer token, and per answer its tokens as 1 (the argmax) or 0.
 
-    score(tokens_T, last) -> (nats [last], greedy correctness [last]) of the last tokens, teacher-forced.
+    score(tokens_T, last) -> (nats [last], greedy correctness [last], reads) of the last tokens, teacher-forced. reads(position,
+    source): whether a content pointer lets the token at `position` see the one at `source`; None where none points.
     """
     sample = library.sample(cell, index)
     last = tail(sample)
     places = np.array(sample.answers)[:, None] - (len(sample.tokens_T) - last) + np.arange(sample.size)
 
     def nats_and_correct(tokens_T):
-        nats, correct = score(tokens_T, last)
-        return np.asarray(nats, dtype=np.float64)[places].mean(axis=1), np.asarray(correct)[places]
+        nats, correct, reads = score(tokens_T, last)
+        return np.asarray(nats, dtype=np.float64)[places].mean(axis=1), np.asarray(correct)[places], reads
 
-    nats, correct = nats_and_correct(sample.tokens_T)
+    nats, correct, reads = nats_and_correct(sample.tokens_T)
     record = dict(id=sample_id(cell, index), **asdict(cell), index=index, text=sample.text, stitched=sample.stitched,
                   nats=[round(x, 6) for x in nats.tolist()])
     if cell.task == "gain":
         return record | dict(token_accuracy=float(correct.mean()))
     swapped = nats_and_correct(sample.swapped_T)[0] if index < library.settings.swaps else []
+    read = [int(reads(answer - 1, answer - back)) for answer, back in zip(sample.answers, sample.distances, strict=True)] \
+        if reads else []
     return record | dict(distances=sample.distances, correct=["".join("01"[int(x)] for x in row) for row in correct],
-                         swapped_nats=[round(float(x), 6) for x in swapped])
+                         swapped_nats=[round(float(x), 6) for x in swapped], read=read)
 
 
 class Scorer:
@@ -449,11 +453,22 @@ class Scorer:
             self.score_end = torch.compile(self.model.score_end, **scope.compile_options(config, self.backend))
 
     @torch.no_grad()
-    def __call__(self, tokens_T: np.ndarray, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """(nats [last], greedy correctness [last]) of the last tokens."""
+    def __call__(self, tokens_T: np.ndarray, last: int):
+        """As evaluate_sample wants it."""
         tokens = torch.from_numpy(tokens_T.astype(np.int32)).to(self.device)
-        nats, correct = self.score_end(tokens, self.schedule.context(tokens, False, self.backend), last)
-        return nats.float().cpu().numpy(), correct.cpu().numpy()
+        nats, correct, layers = self.score_end(tokens, self.schedule.context(tokens, False, self.backend), last)
+        layers = [[t[0].cpu().numpy() for t in claims] for claims in layers]
+        tiles = len(tokens_T) // scope.BLOCK
+
+        def reads(position: int, source: int) -> bool:
+            tile, x, block = position // scope.BLOCK, position % scope.BLOCK, source // scope.BLOCK
+            if tile - block < self.config.pointer_band or block < self.schedule.global_blocks:
+                return True
+            here = ([t[:, tile - tiles] for t in claims] for claims in layers)
+            return any(((blocks == block) & (times <= x) & (np.arange(blocks.shape[-1]) < num[:, None])).any()
+                       for num, blocks, times in here)
+
+        return nats.float().cpu().numpy(), correct.cpu().numpy(), reads if layers else None
 
 
 def model_config(state: dict, longest: int) -> scope.Config:
@@ -519,6 +534,7 @@ def retrieval_row(cell: Cell, records: list[dict], blind: float, first: bool = F
     low, high = clustered_wilson(exact)
     swapped = [[s - n for s, n in zip(r["swapped_nats"], r["nats"], strict=True)][:end] for r in records if r["swapped_nats"]]
     gains = [gain for context in swapped for gain in context]
+    read = [answer for r in records for answer in r.get("read", [])[:end]]
     return asdict(cell) | dict(
         variant=f"first of {cell.variant}" if first else cell.variant, n=len(answers), contexts=len(records),
         texts=len({r["text"] for r in records}), stitched=int(any(r["stitched"] for r in records)),
@@ -526,7 +542,7 @@ def retrieval_row(cell: Cell, records: list[dict], blind: float, first: bool = F
         first_token_accuracy=float(answers[:, 0].mean()), token_accuracy=float(answers.mean()),
         nats=statistics.fmean(x for r in records for x in r["nats"][:end]),
         retrieval_gain=statistics.fmean(gains) if gains else None, retrieval_gain_n=len(gains),
-        chance=chance(cell, first, blind))
+        chance=chance(cell, first, blind), needle_read=statistics.fmean(read) if read else None)
 
 
 def gain_row(cell: Cell, records: list[dict], base: dict) -> dict:

@@ -55,7 +55,7 @@ class Pointing(NamedTuple):
     """What the search came to."""
 
     lists: BlockLists  # of all heads
-    claims_BPN: Tensor  # claimed blocks
+    claims: Claims  # of the pointer heads
     log_odds_BPNR: Tensor  # of every asking token's best block
     asked_BPT: Tensor | None  # in training: the share of its past's weight that a token's best far block has
     wanted_BPT: Tensor | None  # in training: the highest such share of the tokens that found this one
@@ -64,7 +64,7 @@ class Pointing(NamedTuple):
 class ContentTelemetry(NamedTuple):
     """Detached device tensors; reading them is left to the logging steps."""
 
-    claims_BPN: Tensor  # claimed blocks
+    claims: Claims  # of the pointer heads
     log_odds_BPNR: Tensor  # of every asking token's best block
     losses: Tensor  # [3], in the order of LOSSES, nats
 
@@ -133,7 +133,7 @@ class ContentPointers(nn.Module):
             asked = found.log_odds_BHNR.sigmoid().flatten(2)
             at = locate(marks.p_BTPr, marks.l_BTPr, found, asking, published, documents).flatten(2)
             wanted = torch.zeros_like(asked).scatter_reduce(-1, at.clamp(min=0).long(), asked, "amax")  # -1: asked is 0
-        return Pointing(lists, claims.num_BHN, found.log_odds_BHNR, asked, wanted)
+        return Pointing(lists, claims, found.log_odds_BHNR, asked, wanted)
 
     def losses(self, marks: Landmarks, found: Pointing, q_BTHD: Tensor, k_BTHD: Tensor, content_logits, documents: Documents,
                phase: Tensor) -> Tensor:
@@ -179,8 +179,8 @@ def content_stats(layers: list[ContentTelemetry]) -> dict:
     log_odds = [layer.log_odds_BPNR[layer.log_odds_BPNR.isfinite()] for layer in layers]
     losses = by_layer([layer.losses for layer in layers])
     return dict(
-        claimed_blocks=by_layer([layer.claims_BPN.float().mean() for layer in layers]),
-        claimed_blocks_max=by_layer([layer.claims_BPN.max() for layer in layers]),
+        claimed_blocks=by_layer([layer.claims.num_BHN.float().mean() for layer in layers]),
+        claimed_blocks_max=by_layer([layer.claims.num_BHN.max() for layer in layers]),
         log_odds=[[x.quantile(q).item() for q in (0.5, 0.9, 0.99)] if len(x) else None
                   for x in (x[:: max(1, len(x) // 2**20)] for x in log_odds)],
         **{name: list(values) for name, values in zip(LOSSES, zip(*losses, strict=True), strict=True)})

@@ -202,6 +202,10 @@ def search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP: Tenso
 @torch.library.custom_op("scope::locate", mutates_args=())
 def _locate(p_BTHd: Tensor, l_BTHd: Tensor, block_BHNR: Tensor, ask_BHNR: Tensor, publish_BHNP: Tensor,
             doc_id_T: Tensor) -> Tensor:
+    if p_BTHd.is_cuda:
+        from model.selection_triton import locate_keys
+
+        return locate_keys(p_BTHd, l_BTHd, block_BHNR, ask_BHNR, publish_BHNP, doc_id_T)
     B, H, N, R = ask_BHNR.shape
     P, d, device = publish_BHNP.size(-1), p_BTHd.size(-1), p_BTHd.device
     wide = torch.promote_types(p_BTHd.dtype, torch.float32)
@@ -226,7 +230,7 @@ def _(p_BTHd, l_BTHd, block_BHNR, ask_BHNR, publish_BHNP, doc_id_T):
 def locate(p_BTHd: Tensor, l_BTHd: Tensor, found: Found, ask_BHNR: Tensor, publish_BHNP: Tensor,
            documents: Documents) -> Tensor:
     """Where in its best block each asker's best key stands: token positions in the sequence, int32 [B, H, N, R]; -1 where
-    nothing was found. Plain PyTorch on every device, a part of the tiles at once."""
+    nothing was found."""
     return _locate(p_BTHd.detach(), l_BTHd.detach(), found.block_BHNR, ask_BHNR, publish_BHNP, documents.id_T)
 
 

@@ -259,6 +259,34 @@ def search_blocks(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP
     return block, odds
 
 
+@triton.jit
+def _locate_kernel(p_ptr, l_ptr, block_ptr, ask_ptr, publish_ptr, doc_ptr, at_ptr, T, H, N, R: tl.constexpr, P: tl.constexpr,
+                   D: tl.constexpr, BLOCK: tl.constexpr):
+    """One asker: the position of its block's best key."""
+    row = tl.program_id(0).to(tl.int64)
+    bh, n = row // (N * R), row // R % N
+    b, h = bh // H, bh % H
+    block = tl.load(block_ptr + row)
+    at = n * BLOCK + tl.minimum(tl.load(ask_ptr + row), BLOCK - 1)
+    i, d = tl.arange(0, P), tl.arange(0, D)
+    key = tl.maximum(block, 0) * BLOCK + tl.load(publish_ptr + (bh * N + tl.maximum(block, 0)) * P + i)
+    p = tl.load(p_ptr + ((b * T + at) * H + h) * D + d).to(tl.float32)
+    s = tl.sum(tl.load(l_ptr + ((b * T + key) * H + h)[:, None] * D + d[None, :]).to(tl.float32) * p[None, :], 1)
+    s = tl.where(tl.load(doc_ptr + key) == tl.load(doc_ptr + at), s, float("-inf"))
+    best = tl.min(tl.where(s == tl.max(s, 0), key, NO_BLOCK), 0)
+    tl.store(at_ptr + row, tl.where(block < 0, -1, best).to(tl.int32))
+
+
+def locate_keys(p_BTHd: Tensor, l_BTHd: Tensor, block_BHNR: Tensor, ask_BHNR: Tensor, publish_BHNP: Tensor,
+                doc_id_T: Tensor) -> Tensor:
+    B, T, H, D = p_BTHd.shape
+    at = torch.empty(block_BHNR.shape, device=p_BTHd.device, dtype=torch.int32)
+    _locate_kernel[(at.numel(),)](p_BTHd.contiguous(), l_BTHd.contiguous(), block_BHNR.contiguous(), ask_BHNR.contiguous(),
+                                  publish_BHNP.contiguous(), doc_id_T, at, T, H, at.size(2), at.size(3), publish_BHNP.size(-1),
+                                  D, BLOCK, num_warps=4)
+    return at
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Admission
 

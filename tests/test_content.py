@@ -126,7 +126,7 @@ def test_far_blocks_are_read_by_the_pointer_heads_alone_and_within_the_budget():
     for layer in telemetry:
         far = layer.num_BHN[0, 0] - torch.arange(1, 9).clamp(max=3)  # the band of two and the anchor
         assert (layer.num_BHN[0, 1] == torch.arange(1, 9).clamp(max=9)).all()  # a window as long as it is at step 60 of 100
-        assert far.max() <= 4 and far[3:].sum() > 0 and torch.equal(far, layer.pointing.claims_BPN[0, 0])
+        assert far.max() <= 4 and far[3:].sum() > 0 and torch.equal(far, layer.pointing.claims.num_BHN[0, 0])
     stats = S.scope_stats(telemetry, context.documents, 2)
     assert max(stats["claimed_blocks_max"]) <= 4 and len(stats["landmark_kl"]) == 4
     json.dumps(stats, allow_nan=False)
@@ -144,7 +144,7 @@ def test_a_planted_match_is_found():
     state = S.PointerState(*(torch.tensor(x, dtype=torch.int32) for x in (2, 1, 1)))
     marks = module(q, k)
     found = module.point(marks, documents, state, S.ListShape(2, 0, 1), 1, torch.tensor(1), 1)
-    lists, claims = found.lists, found.claims_BPN
+    lists, claims = found.lists, found.claims.num_BHN
     row = lists.idx_BHNW[0, 0, 10, : lists.num_BHN[0, 0, 10]].tolist()
     assert 3 in row and claims[0, 0, 10] >= 1
     slot = row.index(3)

@@ -132,13 +132,13 @@ def oracle(library):
             told = reading.answer(place)
             if told is not None:
                 right[place : place + VALUE] = np.equal(told[: len(tokens_T) - place], reading.after(place))
-        return np.where(right, 0.5, 5.0)[-last:], right[-last:]
+        return np.where(right, 0.5, 5.0)[-last:], right[-last:], None
 
     return score
 
 
 def blind(tokens_T, last):
-    return np.full(last, 3.0), np.zeros(last, dtype=bool)
+    return np.full(last, 3.0), np.zeros(last, dtype=bool), None
 
 
 def guesser(library):
@@ -152,7 +152,7 @@ def guesser(library):
         for place in answers:
             right[place : place + VALUE] = np.equal(draw.choice(left), reading.after(place))
             left = [value for value in left if value != reading.after(place) or len(left) == 1]
-        return np.ones(last), right[-last:]
+        return np.ones(last), right[-last:], None
 
     return score
 
@@ -372,7 +372,7 @@ def test_context_gain_and_its_error(library):
         target = tokens_T[-256:].tobytes()
         level = offsets.setdefault(target, draw.random())
         context = len(tokens_T) - 256
-        return np.full(last, 3 + level - 0.1 * (1 + level) * math.log2(context / 512)), np.ones(last, dtype=bool)
+        return np.full(last, 3 + level - 0.1 * (1 + level) * math.log2(context / 512)), np.ones(last, dtype=bool), None
 
     records = [R.evaluate_sample(score, library, cell, index) for cell in chosen for index in range(12)]
     rows = {row["variant"]: row for row in R.summarise(records, 1e-4, 512, 512)}
@@ -451,13 +451,37 @@ def test_scores_are_those_of_the_whole_forward(checkpoint, library):
     assert config.max_seq_len == 1024 and config.spectral_l_train == 512 and config.arm == "C"
     scorer = R.Scorer(state, checkpoint, config, torch.device("cpu"))
     tokens_T = library.sample(next(c for c in cells(library, "multikey") if c.length == 512), 0).tokens_T
-    nats, correct = scorer(tokens_T, 100)
+    nats, correct, reads = scorer(tokens_T, 100)
+    assert reads is None  # offsets point
     tokens = torch.from_numpy(tokens_T)
     with torch.no_grad():
         hidden, _ = scorer.model.hidden(tokens.int(), S.Schedule(config, 3, 3).context(tokens.int(), False, "reference"))
         log_p = scorer.model.logits(hidden)[:-1].log_softmax(-1)
     np.testing.assert_allclose(nats, [-log_p[i - 1, tokens[i]].item() for i in range(412, 512)], atol=1e-5)
     assert correct.tolist() == [log_p[i - 1].argmax() == tokens[i] for i in range(412, 512)]
+
+
+def test_what_is_read_is_what_stands_in_the_lists(library, monkeypatch):
+    """Against the lists that the attention of any layer got, of the heads that search."""
+    variables = MODEL | dict(VAL_SEQ_LEN=2048, SPECTRAL_POINTER_SOURCE="content", SPECTRAL_POINTER_HEADS=1,
+                             SPECTRAL_POINTER_NEAR_BLOCKS=2, SPECTRAL_POINTER_FAR_BLOCKS=2, SPECTRAL_LANDMARK_DIM=16,
+                             SPECTRAL_BANDS=2, HEAD_DIM=64)
+    config = S.Config.from_environment({name: str(value) for name, value in variables.items()})
+    state = dict(model=S.build_model(config, torch.device("cpu")).state_dict(), config=S.dataclasses.asdict(config), step=3,
+                 total_steps=3)
+    scorer, lists, point = R.Scorer(state, "made", config, torch.device("cpu")), [], S.ContentPointers.point
+    monkeypatch.setattr(S.ContentPointers, "point", lambda *a: lists.append(point(*a)) or lists[-1])
+    _, _, reads = scorer(np.random.default_rng(3).integers(0, 256, 2048), 300)
+    found, far = [pointing.lists for pointing in lists], 0
+    for position in range(2048 - 301, 2047):
+        tile = position // S.BLOCK
+        for block in range(tile + 1):
+            slots = [(one.idx_BHNW[0, 0, tile] == block).nonzero().flatten().tolist() for one in found]
+            seen = any(slot < one.num_BHN[0, 0, tile] and one.seen_BHTw[0, 0, position, slot // 32] >> slot % 32 & 1
+                       for one, places in zip(found, slots, strict=True) for slot in places)
+            assert reads(position, block * S.BLOCK + 5) == seen
+            far += seen and 0 < block < tile - 1
+    assert far > 100
 
 
 def test_interrupted_evaluation_goes_on_where_it_was(tmp_path, evaluated, checkpoint, shards):

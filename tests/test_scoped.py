@@ -950,6 +950,13 @@ def test_recipe_schedules_are_the_baselines():
         assert schedule.long_window == baseline.window_size(step, args)
 
 
+def test_held_windows_grow_in_what_is_left_of_the_steps():
+    held, free = config(NUM_ITERATIONS=700, SPECTRAL_WINDOW_HOLD=0.4), config(NUM_ITERATIONS=420)
+    assert {S.Schedule(held, step, 700).long_window for step in range(281)} == {2}
+    for step in range(280, 701):
+        assert S.Schedule(held, step, 700).long_window == max(2, S.Schedule(free, step - 280, 420).long_window)
+
+
 HOPPER, AMPERE = (9, 0), (8, 0)
 
 

@@ -352,14 +352,18 @@ def test_lists_against_a_loop(case, kernel):
             assert not seen[0, h, n, :, num:].any()
 
 
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("R,P,length", [(16, 32, 10**6), (128, 128, 400), (32, 16, 200)])
-def test_locating_the_best_key_against_loops(R, P, length, monkeypatch):
+def test_locating_the_best_key_against_loops(R, P, length, kernel, monkeypatch):
     monkeypatch.setattr(selection, "LOCATED_VALUES", 2 * R * P * 16)  # tile by tile
     p, l, asks, published, *_ = search_inputs(6, 2, R, P, 16, R, length)  # noqa: E741
     documents = documents_of(6, R, length)
     inputs = [p.to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), asks.to(DEVICE), published.to(DEVICE)]
     found = search(*inputs, documents, scalar(1), scalar(0))
-    at = locate(*inputs[:2], found, *inputs[2:], documents).cpu()
+    if kernel:
+        at = kernels().locate_keys(*inputs[:2], found.block_BHNR, *inputs[2:], documents.id_T).cpu()
+    else:
+        at = locate(*inputs[:2], found, *inputs[2:], documents).cpu()
     p, l, block, doc = *on_cpu(inputs[:2]), found.block_BHNR.cpu(), documents.id_T.tolist()  # noqa: E741
     checked = 0
     for h in range(2):
