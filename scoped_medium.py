@@ -175,8 +175,8 @@ class Config:
     spectral_pointer_mid_frac: float = _spectral(0.1, "share of the steps after which the pointers start", low=0, high=1)
     spectral_pointer_full_frac: float = _spectral(0.3, "share of the steps after which their radius is full", low=0, high=1)
 
-    spectral_window_hold: float = _spectral(0.0, "share of the steps before the sliding windows grow beyond 2 blocks: what lies "
-                                                 "farther, pointers alone can reach, and so they learn", low=0, high=0.99)
+    spectral_window_hold: float = _spectral(0.0, "share of the steps before the sliding windows grow beyond 2 blocks: what "
+                                                 "lies farther, pointers alone can reach, and so they learn", low=0, high=0.99)
     spectral_pointer_heads: int = _spectral(2, "content: heads of a layer that search and read far blocks", low=1)
     spectral_pointer_far_blocks: int = _spectral(16, "content: far blocks that a query block reads at most", low=1, high=32)
     spectral_pointer_near_blocks: int = _spectral(4, "content: local band of the heads that search, blocks; few, or they learn "
@@ -638,11 +638,14 @@ class Attention(nn.Module):
             rows = content.fold(q[:, rows_S], None, config.folded_features)[:, :, :P]
             return ATTENTION_SCALE * torch.einsum("bspd,btpd->pst", rows, k[:, :, :P]).float()
 
-        losses = (content.losses(marks, found, plain_q, plain_k, content_logits, context.documents, context.sample)
-                  if self.training else torch.zeros(len(LOSSES), device=q.device))
+        losses, far_mass = torch.zeros(len(LOSSES), device=q.device), torch.zeros(content.shape.heads, device=q.device)
+        if self.training:
+            documents, phase = context.documents, context.sample
+            losses = content.losses(marks, found, plain_q, plain_k, content_logits, documents, phase)
+            far_mass = content.far_mass(marks, found.claims, content_logits, documents, context.pointers, phase)
         q = content.fold(q, marks.p_BTPr / ATTENTION_SCALE, config.folded_features)
         k = content.fold(k, marks.l_BTPr, config.folded_features)
-        return q, k, found.lists, ContentTelemetry(found.claims, found.log_odds_BPNR, losses)
+        return q, k, found.lists, ContentTelemetry(found.claims, found.log_odds_BPNR, losses, far_mass)
 
 
 class MLP(nn.Module):

@@ -67,6 +67,7 @@ class ContentTelemetry(NamedTuple):
     claims: Claims  # of the pointer heads
     log_odds_BPNR: Tensor  # of every asking token's best block
     losses: Tensor  # [3], in the order of LOSSES, nats
+    far_mass_P: Tensor  # share of the sampled rows' attention that claimed blocks get; 0 outside training
 
 
 class ContentPointers(nn.Module):
@@ -143,14 +144,10 @@ class ContentPointers(nn.Module):
         without the landmarks. B must be 1. Teacher of the landmarks: softmax of those logits over the document's past.
         Teacher of `ask` and `publish`: what the search of all tokens found.
         """
-        s, T = self.shape, q_BTHD.size(1)
-        rows_S = torch.arange(s.rows, device=phase.device) * (T // s.rows) + phase
-        position_T = torch.arange(T, device=phase.device)
+        s = self.shape
         with torch.no_grad():
-            past_ST = (position_T <= rows_S[:, None]) & (documents.id_T == documents.id_T[rows_S, None])
+            rows_S, past_ST, counts_S = self.sample(documents, phase)
             teacher_PST = content_logits(rows_S).masked_fill(~past_ST, float("-inf")).softmax(-1)
-            counts_S = (past_ST.sum(-1) >= LEAST_PAST).float()
-            counts_S = counts_S / counts_S.sum().clamp(min=1)
         q, k = (x[:, :, : s.heads].detach() for x in (q_BTHD, k_BTHD))
         p_BSPr, l_BTPr = self.project(q[:, rows_S], k)
         student_PST = torch.einsum("bspe,btpe->pst", p_BSPr, l_BTPr).float().masked_fill(~past_ST, float("-inf"))
@@ -159,6 +156,33 @@ class ContentPointers(nn.Module):
         return torch.stack([(kl_PS * counts_S).sum(-1).mean(),
                             F.binary_cross_entropy_with_logits(marks.ask_BPT, found.asked_BPT),
                             F.binary_cross_entropy_with_logits(marks.publish_BPT, found.wanted_BPT)])
+
+    def sample(self, documents: Documents, phase: Tensor):
+        """(positions of the sampled rows, their past [S, T], the weight of each: those with little past have none)."""
+        T = len(documents.id_T)
+        rows_S = torch.arange(self.shape.rows, device=phase.device) * (T // self.shape.rows) + phase
+        position_T = torch.arange(T, device=phase.device)
+        past_ST = (position_T <= rows_S[:, None]) & (documents.id_T == documents.id_T[rows_S, None])
+        counts_S = (past_ST.sum(-1) >= LEAST_PAST).float()
+        return rows_S, past_ST, counts_S / counts_S.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def far_mass(self, marks: Landmarks, claims: Claims, content_logits, documents: Documents, state, phase: Tensor) -> Tensor:
+        """[P], the share of its attention that a sampled row gives to the blocks that its heads claimed; B must be 1."""
+        rows_S, past_ST, counts_S = self.sample(documents, phase)
+        block_T = torch.arange(len(documents.id_T), device=phase.device) // BLOCK
+        tile_S, x_S = rows_S // BLOCK, rows_S % BLOCK
+        near_ST = ((block_T > tile_S[:, None] - state.local_blocks)
+                   | (block_T < documents.start_block_N[tile_S, None] + state.global_blocks))
+        num_PS, block_PSW, time_PSW = (x[0][:, tile_S] for x in claims)
+        slot = torch.arange(block_PSW.size(-1), device=phase.device)
+        seen_PSW = (slot < num_PS[..., None]) & (time_PSW <= x_S[:, None])
+        claimed_PSN = torch.zeros(*num_PS.shape, len(documents.start_block_N), device=phase.device)
+        claimed_PSN = claimed_PSN.scatter_reduce(-1, block_PSW.long(), seen_PSW.float(), "amax")
+        claimed_PST = (claimed_PSN[..., block_T] > 0) & past_ST & ~near_ST
+        logits_PST = content_logits(rows_S) + torch.einsum("bspe,btpe->pst", marks.p_BTPr[:, rows_S], marks.l_BTPr).float()
+        share_PST = logits_PST.masked_fill(~(claimed_PST | (near_ST & past_ST)), float("-inf")).softmax(-1)
+        return ((share_PST * claimed_PST).sum(-1) * counts_S).sum(-1)
 
     def fold(self, x_BTHD: Tensor, mark_BTPr: Tensor | None, reserved: int) -> Tensor:
         """Put the marks in the place of the pointer heads' last non-rotating dimensions but `reserved`, which the spectral
@@ -178,9 +202,12 @@ def content_stats(layers: list[ContentTelemetry]) -> dict:
 
     log_odds = [layer.log_odds_BPNR[layer.log_odds_BPNR.isfinite()] for layer in layers]
     losses = by_layer([layer.losses for layer in layers])
+    width = layers[0].claims.block_BHNW.size(-1)
     return dict(
         claimed_blocks=by_layer([layer.claims.num_BHN.float().mean() for layer in layers]),
         claimed_blocks_max=by_layer([layer.claims.num_BHN.max() for layer in layers]),
+        full_tiles=by_layer([(layer.claims.num_BHN == width).float().mean() for layer in layers]),
+        far_mass=by_layer([layer.far_mass_P for layer in layers]),
         log_odds=[[x.quantile(q).item() for q in (0.5, 0.9, 0.99)] if len(x) else None
                   for x in (x[:: max(1, len(x) // 2**20)] for x in log_odds)],
         **{name: list(values) for name, values in zip(LOSSES, zip(*losses, strict=True), strict=True)})

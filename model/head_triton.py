@@ -70,7 +70,8 @@ def _loss_kernel(z_ptr, target_ptr, loss_ptr, lse_ptr, V, COLUMNS: tl.constexpr)
 
 
 @triton.jit
-def _gradient_kernel(z_ptr, target_ptr, lse_ptr, dz_ptr, transposed_ptr, scale, R, V, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gradient_kernel(z_ptr, target_ptr, lse_ptr, dz_ptr, transposed_ptr, scale, R, V, ROWS: tl.constexpr,
+                     COLUMNS: tl.constexpr):
     """dz [R, V] and its transpose, of one tile."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     v = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -9,6 +9,7 @@ from test_model import BASE, CONTENT, DELIMITER, T, config_for, context_of, docu
 import scoped_medium as S
 from model.attention import BLOCK, Documents
 from model.content import LEAST_PAST, LOSSES, TAPS, ContentPointers, ContentShape, Pointing, content_stats
+from model.selection import Claims
 
 pytestmark = pytest.mark.usefixtures("one_thread_on_cpu")
 SHAPE = ContentShape(heads=2, head_dim=32, dim=16, rows=16)
@@ -90,6 +91,37 @@ def test_losses_against_loops():
         z = torch.einsum("tpd,pd->pt", x[0, :, :2], w[:, :-1]) + w[:, -1:]
         expected.append(-(y * z.sigmoid().log() + (1 - y) * (-z).sigmoid().log()).mean().item())
     torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
+
+
+def test_far_mass_against_loops():
+    shape = ContentShape(heads=2, head_dim=32, dim=16, rows=32, far_blocks=2)
+    module, documents = pointers(shape=shape), Documents.of(documents_of(T, 4, mean_length=10**9), DELIMITER)
+    q, k = heads(5)
+    logits = lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2]) / 32  # noqa: E731
+    state = S.PointerState(*(torch.tensor(x, dtype=torch.int32) for x in (2, 1, 1)))  # local, radius, anchors
+    marks, N = module(q, k), T // BLOCK
+    generator = torch.Generator().manual_seed(1)
+    num = torch.randint(0, 3, (1, 2, N), generator=generator).int()
+    block = torch.stack([torch.randperm(N, generator=generator)[:2] for _ in range(2 * N)]).view(1, 2, N, 2).int()
+    time = torch.randint(0, BLOCK, (1, 2, N, 2), generator=generator).int()
+    found = module.far_mass(marks, Claims(num, block, time), logits, documents, state, torch.tensor(5))
+    shares = [[], []]
+    for row in range(5, T, T // 32):
+        if (documents.id_T[: row + 1] == documents.id_T[row]).sum() < LEAST_PAST:
+            continue
+        tile = row // BLOCK
+        for h in range(2):
+            claims = {int(b) for b, t, i in zip(block[0, h, tile], time[0, h, tile], range(2), strict=True)
+                      if i < num[0, h, tile] and t <= row % BLOCK}
+            near = {b for b in range(tile + 1) if b > tile - 2 or b < documents.start_block_N[tile] + 1}
+            mass = {True: 0.0, False: 0.0}
+            for j in range(row + 1):
+                if documents.id_T[j] == documents.id_T[row] and j // BLOCK in near | claims:
+                    weight = (q[0, row, h] @ k[0, j, h] / 32 + marks.p_BTPr[0, row, h] @ marks.l_BTPr[0, j, h]).exp().item()
+                    mass[j // BLOCK not in near] += weight
+            shares[h].append(mass[True] / sum(mass.values()))
+    assert len(shares[0]) > 8 and max(shares[0]) > 0.1
+    torch.testing.assert_close(found.double(), torch.tensor([sum(x) / len(x) for x in shares]).double(), rtol=1e-5, atol=1e-8)
 
 
 def test_the_losses_reach_the_maps_alone():
