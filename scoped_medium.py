@@ -99,7 +99,7 @@ from model.head import (
     quantise_w,
     quantise_x,
 )
-from model.selection import Claims
+from model.selection import POINTER_DIMS, Claims
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: every variable is declared once, here. Help, README table, validation and config.json come from it.
@@ -141,8 +141,9 @@ class Config:
     spectral_use_pointer_mask: bool = _spectral(False, "pointer lists in the spectral layers (arm C) instead of the "
                                                        "sliding window (arm B)")
     spectral_pointer_source: str = _spectral("offset", "what points: offsets predicted from the query, a search of the past by "
-                                                       "content, or both; dense reads all of the past, at quadratic cost, for "
-                                                       "comparison", choices=("offset", "content", "mixed", "dense"))
+                                                       "content, or both; for comparison: pooled searches blocks by their "
+                                                       "mean key, dense reads all of the past, at quadratic cost",
+                                             choices=("offset", "content", "mixed", "pooled", "dense"))
     spectral_layers: str = _spectral("long", "layers with bias and pointers: long (the long-window layers), all, or ids "
                                              "like 0,4,11")
     spectral_impl: str = _spectral("qk_aug", "bias as extra q.k dimensions, or as a FlexAttention score_mod (very slow)",
@@ -350,7 +351,10 @@ class Config:
             if getattr(self, name).bit_count() != 1]
         if self.spectral_pointer_heads > self.num_heads:
             problems.append(f"SPECTRAL_POINTER_HEADS={self.spectral_pointer_heads} exceeds NUM_HEADS={self.num_heads}")
-        if self.spectral_landmark_dim + self.folded_features > self.head_dim // 2:
+        if self.pooled and self.head_dim // 2 not in POINTER_DIMS:
+            problems.append(f"SPECTRAL_POINTER_SOURCE=pooled knows HEAD_DIM {', '.join(str(2 * d) for d in POINTER_DIMS)}, not "
+                            f"{self.head_dim}")
+        if not self.pooled and self.spectral_landmark_dim + self.folded_features > self.head_dim // 2:
             problems.append(f"SPECTRAL_LANDMARK_DIM={self.spectral_landmark_dim} and the bias's {self.folded_features} "
                             f"features exceed the HEAD_DIM / 2 = {self.head_dim // 2} dimensions that do not rotate")
         if self.spectral_bias and self.spectral_impl == "score_mod":
@@ -360,11 +364,15 @@ class Config:
 
     @property
     def content_pointers(self) -> bool:
-        return self.spectral_use_pointer_mask and self.spectral_pointer_source in ("content", "mixed")
+        return self.spectral_use_pointer_mask and self.spectral_pointer_source in ("content", "mixed", "pooled")
 
     @property
     def offset_pointers(self) -> bool:
         return self.spectral_use_pointer_mask and self.spectral_pointer_source in ("offset", "mixed")
+
+    @property
+    def pooled(self) -> bool:
+        return self.spectral_use_pointer_mask and self.spectral_pointer_source == "pooled"
 
     @property
     def dense(self) -> bool:
@@ -379,7 +387,7 @@ class Config:
     def content_shape(self) -> ContentShape:
         return ContentShape(self.spectral_pointer_heads, self.head_dim, self.spectral_landmark_dim,
                             self.spectral_pointer_asking, self.spectral_pointer_published, self.spectral_pointer_far_blocks,
-                            self.spectral_pointer_floor)
+                            self.spectral_pointer_floor, pooled=self.pooled)
 
     def spectral_layer_ids(self) -> set[int]:
         """Layers with the bias, the pointers, or both."""
@@ -399,7 +407,7 @@ class Config:
     @property
     def pointer_band(self) -> int:
         """Blocks of the local band next to the pointers."""
-        return (self.spectral_pointer_near_blocks if self.spectral_pointer_source == "content"
+        return (self.spectral_pointer_near_blocks if self.spectral_pointer_source in ("content", "pooled")
                 else self.spectral_pointer_local_blocks)
 
     @property
@@ -639,12 +647,13 @@ class Attention(nn.Module):
             return ATTENTION_SCALE * torch.einsum("bspd,btpd->pst", rows, k[:, :, :P]).float()
 
         losses, far_mass = torch.zeros(len(LOSSES), device=q.device), torch.zeros(content.shape.heads, device=q.device)
-        if self.training:
+        if self.training and not config.pooled:
             documents, phase = context.documents, context.sample
             losses = content.losses(marks, found, plain_q, plain_k, content_logits, documents, phase)
             far_mass = content.far_mass(marks, found.claims, content_logits, documents, context.pointers, phase)
-        q = content.fold(q, marks.p_BTPr / ATTENTION_SCALE, config.folded_features)
-        k = content.fold(k, marks.l_BTPr, config.folded_features)
+        if not config.pooled:
+            q = content.fold(q, marks.p_BTPr / ATTENTION_SCALE, config.folded_features)
+            k = content.fold(k, marks.l_BTPr, config.folded_features)
         return q, k, found.lists, ContentTelemetry(found.claims, found.log_odds_BPNR, losses, far_mass)
 
 
@@ -949,7 +958,7 @@ class Schedule(NamedTuple):
             if c.dense:
                 return c.train_seq_len // BLOCK
             far = c.spectral_pointer_far_blocks * c.spectral_pointer_heads if c.content_pointers else 0  # of all heads
-            if c.spectral_pointer_source == "content":
+            if c.spectral_pointer_source in ("content", "pooled"):
                 near = (c.pointer_band + self.global_blocks) * c.spectral_pointer_heads
                 return (near + far + self.window(layer) * (c.num_heads - c.spectral_pointer_heads)) // c.num_heads
             offsets = c.spectral_pointers * max(0, 2 * self.pointer_radius() + 1)

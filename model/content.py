@@ -35,6 +35,7 @@ class ContentShape:
     far_blocks: int = 16  # W, blocks that a query block may claim
     floor: float = -4.0  # log-odds below which nothing is claimed
     rows: int = 128  # S
+    pooled: bool = False  # no landmarks: the mean over a block of its keys' non-rotating dimensions, for comparison
     pacing: float = 2.0
     memory: int = 8  # blocks of the past from which thresholds are taken
 
@@ -47,8 +48,8 @@ class ContentShape:
 class Landmarks(NamedTuple):
     p_BTPr: Tensor  # of the queries, scaled
     l_BTPr: Tensor  # of the keys: p . l is in nats
-    ask_BPT: Tensor  # logit: is a far place worth searching from here; float32
-    publish_BPT: Tensor  # logit: will this token be looked for; float32
+    ask_BPT: Tensor | None  # logit: is a far place worth searching from here; float32
+    publish_BPT: Tensor | None  # logit: will this token be looked for; float32
 
 
 class Pointing(NamedTuple):
@@ -79,6 +80,8 @@ class ContentPointers(nn.Module):
         taps = 0.3 * torch.randn(2, TAPS, s.heads, s.head_dim, generator=generator)
         taps[:, 0] += 1
         self.taps = nn.Parameter(taps)
+        if s.pooled:
+            return
         maps = torch.randn(s.heads, s.head_dim, s.dim, generator=generator) * s.dim**-0.5
         self.w_query, self.w_key = nn.Parameter(maps.clone()), nn.Parameter(maps.clone())
         self.w_ask, self.w_publish = (nn.Parameter(torch.zeros(s.heads, s.head_dim + 1)) for _ in range(2))
@@ -105,12 +108,20 @@ class ContentPointers(nn.Module):
     def forward(self, q_BTHD: Tensor, k_BTHD: Tensor) -> Landmarks:
         """Normed, pre-rotary heads of a layer; the first P are looked at."""
         q, k = (x[:, :, : self.shape.heads] for x in (q_BTHD, k_BTHD))
+        if self.shape.pooled:
+            return self.pool(q, k)
 
         def saliency(x_BTPD, w):
             w = w.type_as(x_BTPD)
             return (torch.einsum("btpd,pd->bpt", x_BTPD.detach(), w[:, :-1]) + w[:, -1:]).float()
 
         return Landmarks(*self.project(q, k), saliency(q, self.w_ask), saliency(k, self.w_publish))
+
+    def pool(self, q_BTPD: Tensor, k_BTPD: Tensor) -> Landmarks:
+        """All tokens of a block have the block's mean key; only later blocks search it."""
+        q, k = (torch.cat([x[..., D // 4 : D // 2], x[..., D - D // 4 :]], -1) for x in (q_BTPD, k_BTPD) for D in [x.size(-1)])
+        mean = k.unflatten(1, (-1, BLOCK)).mean(2, keepdim=True).expand(-1, -1, BLOCK, -1, -1).flatten(1, 2)
+        return Landmarks(q * self.shape.head_dim**-0.5, mean, None, None)
 
     @torch.no_grad()
     def point(self, marks: Landmarks, documents: Documents, state, list_shape, heads: int, window: Tensor, window_slots: int,
@@ -119,8 +130,12 @@ class ContentPointers(nn.Module):
         (int32 scalar, at most `window_slots`); with `offsets`, the lists of predicted offsets, all of the `heads` read those,
         and the pointer heads their claims too. `state` is a PointerState, whose negative radius switches the claims off."""
         s = self.shape
-        asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory)
-        published = publish(marks.publish_BPT, BLOCK if self.training else s.published)
+        if s.pooled:  # all tokens ask; those of a block are alike
+            none = torch.zeros(marks.p_BTPr.shape[:3], device=marks.p_BTPr.device).transpose(1, 2)
+            asking, published = ask(none, BLOCK), publish(none, 16)
+        else:
+            asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory)
+            published = publish(marks.publish_BPT, BLOCK if self.training else s.published)
         found = search(marks.p_BTPr, marks.l_BTPr, asking, published, documents, state.local_blocks, state.global_blocks)
         claims = admit(found, asking, s.far_blocks, s.target, s.pacing, s.memory, s.floor)
         claims = Claims(torch.where(state.radius < 0, 0, claims.num_BHN), claims.block_BHNW, claims.time_BHNW)
@@ -130,7 +145,7 @@ class ContentPointers(nn.Module):
             lists = content_lists(claims, documents, state.local_blocks, state.global_blocks, window, list_shape.local_blocks,
                                   list_shape.global_blocks, window_slots, heads)
         asked = wanted = None
-        if self.training:
+        if self.training and not s.pooled:
             asked = found.log_odds_BHNR.sigmoid().flatten(2)
             at = locate(marks.p_BTPr, marks.l_BTPr, found, asking, published, documents).flatten(2)
             wanted = torch.zeros_like(asked).scatter_reduce(-1, at.clamp(min=0).long(), asked, "amax")  # -1: asked is 0

@@ -65,6 +65,19 @@ def test_folding_adds_the_marks_and_spares_the_rest():
     torch.testing.assert_close(scale * (folded_q * folded_k).sum(-1)[:, :, :2], exact + (p * mark).sum(-1))
 
 
+def test_pooled_keys_are_their_blocks_mean():
+    """And the scores of the search those of q . mean(k) over the dimensions that do not rotate."""
+    module, (q, k) = ContentPointers(SHAPE.__class__(heads=2, head_dim=32, dim=16, pooled=True), torch.Generator()), heads(6)
+    marks = module(q, k)
+    assert [name for name, _ in module.named_parameters()] == ["taps"] and marks.ask_BPT is marks.publish_BPT is None
+    still = [*range(8, 16), *range(24, 32)]
+    for i, j in ((T - 1, 5), (700, 400), (300, 127)):
+        block = j // BLOCK * BLOCK
+        for h in range(2):
+            expected = q[0, i, h, still] @ k[0, block : block + BLOCK, h].mean(0)[still] / 32**0.5
+            torch.testing.assert_close(marks.p_BTPr[0, i, h] @ marks.l_BTPr[0, j, h], expected)
+
+
 def test_losses_against_loops():
     module, tokens = pointers(), documents_of(T, 4, mean_length=10**9)
     tokens[700] = DELIMITER  # rows behind it have a short past, and count from row 700 + LEAST_PAST on
