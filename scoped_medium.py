@@ -184,7 +184,8 @@ class Config:
                                                      "to search no further (mixed: SPECTRAL_POINTER_LOCAL_BLOCKS)", low=1)
     spectral_length_scale: bool = _spectral(False, "dense: logits grow with the logarithm of the past, against its growing "
                                                    "noise (scale-invariant attention)")
-    spectral_pointer_floor: float = _spectral(-4.0, "content: log-odds of a block below which it is not read")
+    spectral_pointer_floor: float = _spectral(0.0, "content: log-odds of a block, over those of an average one of the "
+                                                   "past, below which it is not read")
     spectral_pointer_asking: int = _spectral(32, "content: tokens of a block that search, at most; in training all do",
                                              low=16, high=BLOCK)
     spectral_pointer_published: int = _spectral(32, "content: tokens of a block that can be found; in training all can",
@@ -736,6 +737,13 @@ class GPT(nn.Module):
         return [p for module in self.modules() if isinstance(module, SpectralBias | ContentPointers)
                 for p in module.parameters()]
 
+    @torch.no_grad()
+    def keep_head_in_range(self) -> None:
+        """The FP8 head saturates weights that its gradient then pushes on unseen, until the head of an evaluation, which does
+        not saturate, is another one: keep them where both agree."""
+        largest = FP8_W_SCALE * torch.finfo(torch.float8_e4m3fn).max
+        self.head_w.clamp_(-largest, largest)
+
     def use_backend(self, backend: str) -> None:
         for block in self.blocks:
             if block.attn is not None:
@@ -1247,6 +1255,8 @@ class Trainer:
                 if isinstance(opt, Muon):
                     group["momentum"] = schedule.muon_momentum
             opt.step()
+        if fp8_available(self.device):
+            self.model.keep_head_in_range()
         self.clear_gradients()
         return loss, grad_norm
 

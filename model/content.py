@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import BLOCK, BlockLists, Documents
-from model.selection import Claims, admit, append_claims, ask, content_lists, locate, publish, search
+from model.selection import Claims, admit, append_claims, ask, content_lists, locate, odds_floor, publish, search
 
 TAPS = 4  # tokens that a pointer head's query and key see
 LEAST_PAST = 512  # tokens of its document that a sampled row must have behind it
@@ -33,7 +33,7 @@ class ContentShape:
     asking: int = 32  # tokens of a block that search, at most; in training all do
     published: int = 32  # tokens of a block that can be found; in training all can
     far_blocks: int = 16  # W, blocks that a query block may claim
-    floor: float = -4.0  # log-odds below which nothing is claimed
+    floor: float = 0.0  # log-odds, over those of an average block of the past, below which nothing is claimed
     rows: int = 128  # S
     pooled: bool = False  # no landmarks: the mean over a block of its keys' non-rotating dimensions, for comparison
     pacing: float = 2.0
@@ -134,10 +134,11 @@ class ContentPointers(nn.Module):
             none = torch.zeros(marks.p_BTPr.shape[:3], device=marks.p_BTPr.device).transpose(1, 2)
             asking, published = ask(none, BLOCK), publish(none, 16)
         else:
-            asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory)
+            asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory, s.pacing)
             published = publish(marks.publish_BPT, BLOCK if self.training else s.published)
         found = search(marks.p_BTPr, marks.l_BTPr, asking, published, documents, state.local_blocks, state.global_blocks)
-        claims = admit(found, asking, s.far_blocks, s.target, s.pacing, s.memory, s.floor)
+        claims = admit(found, asking, s.far_blocks, s.target, s.pacing, s.memory,
+                       odds_floor(documents, s.floor))
         claims = Claims(torch.where(state.radius < 0, 0, claims.num_BHN), claims.block_BHNW, claims.time_BHNW)
         if offsets is not None:
             lists = append_claims(offsets, claims)

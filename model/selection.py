@@ -91,36 +91,39 @@ def _mean_before(value_BHN: Tensor, memory: int) -> Tensor:
 
 
 @torch.library.custom_op("scope::ask", mutates_args=())
-def _ask(score_BHT: Tensor, slots: int, memory: int) -> Tensor:
+def _ask(score_BHT: Tensor, slots: int, memory: int, pacing: float) -> Tensor:
     if score_BHT.is_cuda:
         from model.selection_triton import ask_tokens
 
-        return ask_tokens(score_BHT, slots, memory)
-    score_BHNx = score_BHT.unflatten(-1, (-1, BLOCK))
-    nth_BHN = score_BHNx.sort(-1, descending=True).values[..., 3 * slots // 4 - 1]
-    wants = score_BHNx > _mean_before(nth_BHN, memory)[..., None]
-    asks = wants & (wants.cumsum(-1) <= slots)
+        return ask_tokens(score_BHT, slots, memory, pacing)
+    score_BHNx, rank = score_BHT.unflatten(-1, (-1, BLOCK)), 3 * slots // 4
+    threshold_BHN = _mean_before(score_BHNx.sort(-1, descending=True).values[..., rank - 1], memory)
+    num, asks = torch.zeros_like(threshold_BHN, dtype=torch.int32), []
+    for x, score_BHN in enumerate(score_BHNx.unbind(-1)):
+        asks.append((num < slots) & (score_BHN > threshold_BHN + pacing * (num / rank - x / BLOCK)))
+        num = num + asks[-1]
     position = torch.arange(BLOCK, device=score_BHT.device, dtype=torch.int32)
-    return torch.where(asks, position, BLOCK).sort(-1).values[..., :slots].contiguous()
+    return torch.where(torch.stack(asks, -1), position, BLOCK).sort(-1).values[..., :slots].contiguous()
 
 
 @_ask.register_fake
-def _(score_BHT, slots, memory):
+def _(score_BHT, slots, memory, pacing):
     B, H, T = score_BHT.shape
     return score_BHT.new_empty(B, H, T // BLOCK, slots, dtype=torch.int32)
 
 
-def ask(score_BHT: Tensor, slots: int, memory: int = 8) -> Tensor:
+def ask(score_BHT: Tensor, slots: int, memory: int = 8, pacing: float = 2.0) -> Tensor:
     """Positions in their tile, ascending, of the at most `slots` tokens that ask, int32 [B, H, N, slots]; BLOCK in unused
-    slots. In token order, as long as slots are free: those whose score is above the mean, over the `memory` tiles before,
-    of a tile's r-th largest score, r = 3/4 slots. With a slot for every token, all ask."""
+    slots. In token order, as long as slots are free: the token at position x asks, after c others, if its score exceeds the
+    mean, over the `memory` tiles before, of a tile's r-th largest score, r = 3/4 slots, by pacing * (c / r - x / BLOCK): a
+    tile's first tokens leave slots to its last. With a slot for every token, all ask."""
     _check_count("slots of askers", slots)
     _check_tokens(score_BHT.size(-1))
     if slots == BLOCK:
         B, H, T = score_BHT.shape
         position = torch.arange(BLOCK, device=score_BHT.device, dtype=torch.int32)
         return position.expand(B, H, T // BLOCK, BLOCK).contiguous()
-    return _ask(score_BHT.detach(), slots, memory)
+    return _ask(score_BHT.detach(), slots, memory, pacing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,23 +242,23 @@ def locate(p_BTHd: Tensor, l_BTHd: Tensor, found: Found, ask_BHNR: Tensor, publi
 
 
 @torch.library.custom_op("scope::admit", mutates_args=())
-def _admit(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, slots: int, rank: int, pacing: float, memory: int,
-           floor: float) -> tuple[Tensor, Tensor, Tensor]:
+def _admit(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, slots: int, rank: int, pacing: float,
+           memory: int) -> tuple[Tensor, Tensor, Tensor]:
     if block_BHNR.is_cuda:
         from model.selection_triton import admit_claims
 
-        return admit_claims(block_BHNR, log_odds_BHNR, ask_BHNR, slots, rank, pacing, memory, floor)
-    return admit_plain(block_BHNR, log_odds_BHNR, ask_BHNR, slots, rank, pacing, memory, floor)
+        return admit_claims(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, slots, rank, pacing, memory)
+    return admit_plain(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, slots, rank, pacing, memory)
 
 
 @_admit.register_fake
-def _(block_BHNR, log_odds_BHNR, ask_BHNR, slots, rank, pacing, memory, floor):
+def _(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, slots, rank, pacing, memory):
     rows = block_BHNR.shape[:3]
     return block_BHNR.new_empty(rows), block_BHNR.new_empty(*rows, slots), block_BHNR.new_empty(*rows, slots)
 
 
-def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, slots: int, rank: int, pacing: float,
-                memory: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, slots: int, rank: int,
+                pacing: float, memory: int) -> tuple[Tensor, Tensor, Tensor]:
     """The oracle of the admission, on any device: one asker of every tile after the other."""
     B, H, N, R = block_BHNR.shape
     device = block_BHNR.device
@@ -275,7 +278,7 @@ def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, slo
     for block, odds, x in zip(block_BHNR.unbind(-1), log_odds_BHNR.unbind(-1), ask_BHNR.unbind(-1), strict=True):
         bar = threshold_BHN + pacing * (num / rank - x / BLOCK)
         listed = (claimed == block[..., None]).any(-1)
-        takes = (block >= 0) & (num < slots) & (odds > bar) & (odds > floor) & ~listed
+        takes = (block >= 0) & (num < slots) & (odds > bar) & (odds > floor_N) & ~listed
         here = takes[..., None] & (slot == num[..., None])
         claimed, time = torch.where(here, block[..., None], claimed), torch.where(here, x[..., None], time)
         num = num + takes.int()
@@ -283,14 +286,14 @@ def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, slo
 
 
 def admit(found: Found, ask_BHNR: Tensor, slots: int, rank: int, pacing: float = 2.0, memory: int = 8,
-          floor: float = float("-inf")) -> Claims:
+          floor_N: Tensor | None = None) -> Claims:
     """Which tokens claim their best block.
 
     The threshold of a tile is the mean, over the `memory` tiles before, of the `rank`-th largest log-odds of a found block
     (a block counts once, with its highest; tiles that found fewer do not count; no such tile: no threshold). In token
     order, the token at position x with c claims before it claims its block if no one has, c < slots, and its log-odds
-    exceed threshold + pacing * (c / rank - x / BLOCK) as well as `floor` (nats), which keeps heads that retrieve nothing
-    from reading.
+    exceed threshold + pacing * (c / rank - x / BLOCK) as well as the tile's floor (float32, nats), which keeps heads that
+    retrieve nothing from reading.
     """
     if slots < 1 or slots & (slots - 1) or slots > MAX_CLAIMS:
         raise ValueError(f"{slots} slots for claims are no power of two of at most {MAX_CLAIMS}")
@@ -299,7 +302,16 @@ def admit(found: Found, ask_BHNR: Tensor, slots: int, rank: int, pacing: float =
     if not found.block_BHNR.shape == found.log_odds_BHNR.shape == ask_BHNR.shape:
         raise ValueError(f"blocks {list(found.block_BHNR.shape)}, log-odds {list(found.log_odds_BHNR.shape)} and askers "
                          f"{list(ask_BHNR.shape)} must have one shape")
-    return Claims(*_admit(found.block_BHNR, found.log_odds_BHNR, ask_BHNR, slots, rank, pacing, memory, floor))
+    if floor_N is None:
+        floor_N = torch.full(ask_BHNR.shape[2:3], float("-inf"), device=ask_BHNR.device)
+    return Claims(*_admit(found.block_BHNR, found.log_odds_BHNR, ask_BHNR, floor_N, slots, rank, pacing, memory))
+
+
+def odds_floor(documents: Documents, floor: float) -> Tensor:
+    """[N], the log-odds of a block that is exp(floor) times as good as the average of a tile's past: log-odds fall with the
+    logarithm of the past, and a constant would stop all reading of long contexts."""
+    past_N = torch.arange(len(documents.start_block_N), device=documents.id_T.device) - documents.start_block_N
+    return floor - past_N.clamp(min=1).float().log()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

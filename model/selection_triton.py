@@ -90,23 +90,28 @@ def _mean_before(value_ptr, row, n, MEMORY: tl.constexpr):
 
 
 @triton.jit
-def _ask_kernel(score_ptr, nth_ptr, idx_ptr, N, MEMORY: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
-    row, x = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+def _ask_kernel(score_ptr, nth_ptr, idx_ptr, N, rank, pacing, MEMORY: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+    """One tile, its tokens in order."""
+    row, slot = tl.program_id(0).to(tl.int64), tl.arange(0, R)
     threshold = _mean_before(nth_ptr, row, row % N, MEMORY)
-    wants = tl.load(score_ptr + row * BLOCK + x).to(tl.float32) > threshold
-    place = tl.cumsum(wants.to(tl.int32), 0) - 1
-    tl.store(idx_ptr + row * R + place, x, mask=wants & (place < R))
-    num = tl.sum(wants.to(tl.int32), 0)
-    tl.store(idx_ptr + row * R + x, tl.full([BLOCK], BLOCK, tl.int32), mask=(x >= num) & (x < R))
+    chosen, num = tl.full([R], BLOCK, tl.int32), tl.full([], 0, tl.int32)
+    for x in range(BLOCK):
+        score = tl.load(score_ptr + row * BLOCK + x).to(tl.float32)
+        bar = threshold + pacing * (tl.div_rn(num.to(tl.float32), rank) - x / BLOCK)
+        asks = (num < R) & (score > bar)
+        chosen = tl.where(asks & (slot == num), x, chosen)
+        num += asks.to(tl.int32)
+    tl.store(idx_ptr + row * R + slot, chosen)
 
 
-def ask_tokens(score_BHT: Tensor, slots: int, memory: int) -> Tensor:
+def ask_tokens(score_BHT: Tensor, slots: int, memory: int, pacing: float) -> Tensor:
     B, H, T = score_BHT.shape
     N, score = T // BLOCK, score_BHT.contiguous()
     idx = torch.empty(B, H, N, slots, device=score.device, dtype=torch.int32)
     nth = torch.empty(B, H, N, device=score.device, dtype=torch.float32)
-    _nth_score_kernel[(B * H * N,)](score, nth, 3 * slots // 4, BLOCK, num_warps=4)
-    _ask_kernel[(B * H * N,)](score, nth, idx, N, memory, slots, BLOCK, num_warps=1)
+    rank = 3 * slots // 4
+    _nth_score_kernel[(B * H * N,)](score, nth, rank, BLOCK, num_warps=4)
+    _ask_kernel[(B * H * N,)](score, nth, idx, N, float(rank), pacing, memory, slots, BLOCK, num_warps=1)
     return idx
 
 
@@ -305,11 +310,11 @@ def _nth_odds_kernel(block_ptr, odds_ptr, nth_ptr, NTH: tl.constexpr, R: tl.cons
 
 
 @triton.jit
-def _admit_kernel(block_ptr, odds_ptr, ask_ptr, nth_ptr, num_ptr, claim_ptr, time_ptr, N, rank, pacing, floor,
+def _admit_kernel(block_ptr, odds_ptr, ask_ptr, nth_ptr, floor_ptr, num_ptr, claim_ptr, time_ptr, N, rank, pacing,
                   MEMORY: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
     """One tile: its askers in token order, the claims so far in registers."""
     row, slot = tl.program_id(0).to(tl.int64), tl.arange(0, W)
-    threshold = _mean_before(nth_ptr, row, row % N, MEMORY)
+    threshold, floor = _mean_before(nth_ptr, row, row % N, MEMORY), tl.load(floor_ptr + row % N)
     claimed, time, num = tl.full([W], -1, tl.int32), tl.full([W], BLOCK, tl.int32), tl.full([], 0, tl.int32)
     for i in range(R):
         block, odds = tl.load(block_ptr + row * R + i), tl.load(odds_ptr + row * R + i)
@@ -325,16 +330,16 @@ def _admit_kernel(block_ptr, odds_ptr, ask_ptr, nth_ptr, num_ptr, claim_ptr, tim
     tl.store(time_ptr + row * W + slot, time)
 
 
-def admit_claims(block_BHNR: Tensor, odds_BHNR: Tensor, ask_BHNR: Tensor, slots: int, rank: int, pacing: float,
-                 memory: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+def admit_claims(block_BHNR: Tensor, odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, slots: int, rank: int,
+                 pacing: float, memory: int) -> tuple[Tensor, Tensor, Tensor]:
     B, H, N, R = block_BHNR.shape
     block, odds, asks = block_BHNR.contiguous(), odds_BHNR.contiguous(), ask_BHNR.contiguous()
     nth = torch.empty(B, H, N, device=odds.device, dtype=torch.float32)
     num = torch.empty(B, H, N, device=odds.device, dtype=torch.int32)
     claim, time = (torch.empty(B, H, N, slots, device=odds.device, dtype=torch.int32) for _ in range(2))
     _nth_odds_kernel[(B * H * N,)](block, odds, nth, rank, R, num_warps=4)
-    _admit_kernel[(B * H * N,)](block, odds, asks, nth, num, claim, time, N, float(rank), pacing, floor, memory, R, slots,
-                                BLOCK, num_warps=1)
+    _admit_kernel[(B * H * N,)](block, odds, asks, nth, floor_N.contiguous(), num, claim, time, N, float(rank), pacing, memory,
+                                R, slots, BLOCK, num_warps=1)
     return num, claim, time
 
 

@@ -143,7 +143,8 @@ def test_loss_and_gradients_are_the_plain_paths():
     loss, grad_x, grad_w = run(x, w, targets, head.head_loss)
     plain_loss, plain_x, plain_w = run(x, w, targets, plain_path)
     assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-6)
-    assert error(grad_x, plain_x) < 0.03 and error(grad_w, plain_w) < 0.03
+    limit = 0.05 if CUDA else 0.03  # of two roundings; the test above holds the GPU's to float64
+    assert error(grad_x, plain_x) < limit and error(grad_w, plain_w) < limit
 
 
 def test_loss_and_gradients_are_exact_ones_but_for_fp8s_rounding():
@@ -298,3 +299,32 @@ def test_the_models_loss_is_one_graph(monkeypatch):
         model.cross_entropy, torch.compile(model.cross_entropy, fullgraph=True, dynamic=False, backend="aot_eager"))]
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
+
+
+def test_weights_stay_where_the_heads_of_training_and_evaluation_agree(monkeypatch):
+    model, tokens = tiny_model(monkeypatch, "plain")
+    with torch.no_grad():
+        model.head_w.mul_(4)
+    before = model.head_w.detach().clone()
+    apart = [loss_of(model.train(), tokens).loss.item(), loss_of(model.eval(), tokens).loss.item()]
+    model.keep_head_in_range()
+    close = [loss_of(model.train(), tokens).loss.item(), loss_of(model.eval(), tokens).loss.item()]
+    assert close[0] == apart[0] and abs(close[0] - close[1]) < 0.02 < 0.1 < abs(apart[0] - apart[1])
+    inside = before.abs() <= 0.875
+    assert torch.equal(model.head_w[inside], before[inside]) and (model.head_w[~inside].abs() == 0.875).all()
+    assert 0.3 < inside.float().mean() < 0.9
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_a_step_keeps_them_there(fp8, monkeypatch):
+    calls, keep = [], S.GPT.keep_head_in_range
+    monkeypatch.setattr(S.GPT, "keep_head_in_range", lambda model: calls.append(1) or keep(model))
+    model, tokens = tiny_model(monkeypatch, "plain", fp8)
+    trainer = S.Trainer.__new__(S.Trainer)
+    trainer.config, trainer.device, trainer.model = model.config, torch.device("cpu"), model
+    trainer.step, trainer.total_steps = 1, 2
+    trainer.optimizers, trainer.forward, trainer.compiled, trainer.backend = S.make_optimizers(model), model, False, "reference"
+    with torch.no_grad():
+        model.head_w[0] = 5.0
+    trainer.train_step([(tokens[:-1].int(), tokens[1:])])
+    assert len(calls) == fp8 and (model.head_w.abs().max() <= 0.875) == fp8

@@ -18,6 +18,7 @@ from model.selection import (
     ask,
     content_lists,
     locate,
+    odds_floor,
     publish,
     search,
     search_plain,
@@ -69,12 +70,14 @@ def test_publish_takes_the_highest(count, levels, kernel):
                 assert idx[b, h, n].tolist() == sorted(sorted(range(BLOCK), key=lambda j: (-block[j], j))[:count])
 
 
-def asking(block, before, slots):
+def asking(block, before, slots, pacing):
     """The askers of one tile, given the tiles before it."""
     nth = [sorted(scores, reverse=True)[3 * slots // 4 - 1] for scores in before]
-    threshold = sum(nth) / len(nth) if nth else -math.inf
-    wants = [i for i in range(BLOCK) if block[i] > threshold or slots == BLOCK]
-    return (wants + [BLOCK] * slots)[:slots] if len(wants) < slots else wants[:slots]
+    threshold, asks = sum(nth) / len(nth) if nth else -math.inf, []
+    for x in range(BLOCK):
+        if slots == BLOCK or len(asks) < slots and block[x] > threshold + pacing * (len(asks) / (3 * slots // 4) - x / BLOCK):
+            asks.append(x)
+    return asks + [BLOCK] * (slots - len(asks))
 
 
 @pytest.mark.parametrize("kernel", [False, True])
@@ -84,11 +87,12 @@ def test_ask_takes_the_first_above_the_recent_tiles(slots, memory, kernel):
         pytest.skip("all ask: no kernel")
     N = 11
     score = uniform(1, 2, N * BLOCK, seed=slots) * torch.linspace(1, 0.3, N * BLOCK)  # falling: the last tiles are not full
-    idx = (kernels().ask_tokens if kernel else ask)(score.to(DEVICE), slots, memory).cpu()
+    pacing = 0.0 if slots == 16 else 0.3
+    idx = (kernels().ask_tokens if kernel else ask)(score.to(DEVICE), slots, memory, pacing).cpu()
     for h in range(2):
         tiles = score[0, h].view(N, BLOCK).tolist()
         for n in range(N):
-            assert idx[0, h, n].tolist() == asking(tiles[n], tiles[max(0, n - memory) : n], slots)
+            assert idx[0, h, n].tolist() == asking(tiles[n], tiles[max(0, n - memory) : n], slots, pacing)
     assert slots == BLOCK or (idx == BLOCK).any()  # some slot is free
 
 
@@ -238,10 +242,10 @@ def test_search_kernel_takes_any_scale(scale):
 # Admission and lists
 
 
-def loop_admit(found, asks, slots, rank, pacing, memory, floor):
+def loop_admit(found, asks, slots, rank, pacing, memory, floors):
     """One head: claims [(block, time)] of every tile."""
     nths, out = [], []
-    for blocks, odds, xs in zip(*(t.tolist() for t in (*found, asks)), strict=True):
+    for blocks, odds, xs, floor in zip(*(t.tolist() for t in (*found, asks)), floors, strict=True):
         recent = [v for v in nths[-memory:] if v > -math.inf]
         threshold = sum(recent) / len(recent) if recent else -math.inf
         claims, highest = [], {}
@@ -276,10 +280,12 @@ ADMISSIONS = [(9, 2, 16, 4, 3, 2.0, 2, -math.inf), (7, 1, 32, 16, 12, 2.0, 8, -m
 def test_admission_against_a_loop(case):
     N, H, R, slots, rank, pacing, memory, floor = case
     found, asks = random_found(N, H, R, seed=N, blocks=2 * rank)
-    claims = admit(found, asks, slots, rank, pacing, memory, floor)
+    floor_N = floor - 0.3 * torch.arange(N, device=DEVICE)
+    claims = admit(found, asks, slots, rank, pacing, memory, floor_N)
     assert [x.dtype for x in claims] == [torch.int32] * 3
     for h in range(H):
-        rows = loop_admit(Found(*(x[0, h].cpu() for x in found)), asks[0, h].cpu(), slots, rank, pacing, memory, floor)
+        rows = loop_admit(Found(*(x[0, h].cpu() for x in found)), asks[0, h].cpu(), slots, rank, pacing, memory,
+                          floor_N.tolist())
         for n, row in enumerate(rows):
             num, block, time = (x[0, h, n].cpu().tolist() for x in claims)
             assert num == len(row) <= slots and list(zip(block, time, strict=True))[:num] == row
@@ -289,8 +295,9 @@ def test_admission_against_a_loop(case):
 
 @pytest.mark.parametrize("case", ADMISSIONS)
 def test_admission_kernel_equals_the_plain_one(case):
-    N, H, R, *rule = case
-    found, asks = random_found(N, H, R, seed=N + 50, blocks=2 * rule[1])
+    N, H, R, slots, rank, pacing, memory, floor = case
+    found, asks = random_found(N, H, R, seed=N + 50, blocks=2 * rank)
+    rule = (floor - 0.3 * torch.arange(N, device=DEVICE), slots, rank, pacing, memory)
     kernel, plain = kernels().admit_claims(*found, asks, *rule), admit_plain(*found, asks, *rule)
     assert all(torch.equal(a, b) for a, b in zip(kernel, plain, strict=True))
 
@@ -388,7 +395,7 @@ def select(p, l, asking_score, key_score, documents, counts=(16, 32), heads=3): 
     local, globals_ = scalar(2), scalar(1)
     asks = ask(asking_score, counts[0], 2)
     found = search(p, l, asks, publish(key_score, counts[1]), documents, local, globals_)
-    claims = admit(found, asks, 4, 3, memory=2, floor=-3.0)
+    claims = admit(found, asks, 4, 3, memory=2, floor_N=odds_floor(documents, -1.0))
     return claims, content_lists(claims, documents, local, globals_, scalar(3), 2, 1, 3, heads)
 
 
@@ -452,10 +459,10 @@ def test_operators_keep_the_compilers_contract():
     asks, published, local, globals_ = ask(asking_score, 16), publish(key_score, 32), scalar(1), scalar(1)
     found = search(p, l, asks, published, documents, local, globals_)
     claims = admit(found, asks, 4, 3)
-    calls = [(ops.publish, (key_score, 32)), (ops.ask, (asking_score, 16, 8)),
+    calls = [(ops.publish, (key_score, 32)), (ops.ask, (asking_score, 16, 8, 2.0)),
              (ops.search, (p, l, asks, published, *documents, local, globals_)),
              (ops.locate, (p, l, found.block_BHNR, asks, published, documents.id_T)),
-             (ops.admit, (*found, asks, 4, 3, 2.0, 8, 0.0)),
+             (ops.admit, (*found, asks, odds_floor(documents, 0.0), 4, 3, 2.0, 8)),
              (ops.content_lists, (*claims, documents.start_block_N, local, globals_, local, 2, 1, 2, 3))]
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments)
