@@ -9,8 +9,8 @@ the text, puts every token into one of four classes: keys and values of training
 templates come from the same classes, so templates are disjoint too. Half of training's values are words of the text instead,
 of any class, or a model learns that answers are of training's class; each has a token that no value of evaluation has.
 
-Of a key stated more than once, the value is that of its latest statement. The value of a link is the value of the key that it
-names, wherever that key is stated.
+Of a key stated more than once, the value is that of its latest statement. The answer to a question about the key of a link
+spells the way out: OTHER_KEY between its VALUE, wherever that key is stated, and so on over more links.
 
 The mixer writes passages too: tokens of a document's own text, any of the vocabulary, that stand in it a second time further
 on. Statements alone would teach that answers are of the training values' ids; passages teach to copy whatever there is.
@@ -36,7 +36,7 @@ TEMPLATE_SHAPES = {
 LINK_SHAPES = tuple(shape for shape in TEMPLATE_SHAPES["train"] if min(shape) > 0)
 COUNT_CHUNK = 1 << 22  # tokens; bincount widens its input to int64, so this bounds memory to 32 MiB
 KEY_LENGTHS, VALUE_LENGTHS, PASSAGE_LENGTHS = (2, 5), (2, 8), (8, 64)  # tokens, both ends included
-MIN_DISTANCE = 32  # tokens between the starts of any two pieces of a task (more than a piece has), and of text between copies
+MIN_DISTANCE = 32  # tokens between the starts of any two pieces of a task (more than any but the last has), and between copies
 LOOKALIKES = 0.2  # share of the keys that differ in their last token alone from another key of the document
 SHORTEST = 1 + KEY_LENGTHS[0] + VALUE_LENGTHS[0]  # tokens of a piece
 PLACE_TRIES = 16  # places that are tried for one piece
@@ -133,6 +133,10 @@ class Template:
     def question(self, key):
         """The tokens that ask for the value of `key`; the answer follows."""
         return np.concatenate([self.before, key, self.between])
+
+    def way(self, keys):
+        """What stands between the question and the value: the keys that the links name, in the order in which they are met."""
+        return np.concatenate([part for key in keys for part in (key, self.between)] or [self.before[:0]])
 
 
 def template_ids(counts_V, delimiter, part):
@@ -344,8 +348,8 @@ class _Draft:
         values = list(values.values())
         statements = [template.statement(keys[0], value) for value in values]
         links = [template.statement(key, known) for known, key in itertools.pairwise(keys)]
-        answered = template.statement(keys[-1], values[-1]) if links else statements[-1]
-        return keys, values[-1], statements + links + [answered] * kind.questions
+        answer = np.concatenate([template.way(keys[-2::-1]), values[-1]])
+        return keys, answer, statements + links + [np.concatenate([template.question(keys[-1]), answer])] * kind.questions
 
     def key(self, neighbours):
         """A key that is nowhere in the sequence, now and then one that differs from a neighbour in its last token alone."""

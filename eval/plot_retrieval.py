@@ -80,11 +80,13 @@ def finish(axes, **labels) -> None:
 
 
 def legend(figure, axes, columns: int = 5) -> None:
-    """One for all panels, below them."""
+    """One for all panels, below them, in as many columns as the labels leave room for."""
     entries = {}
     for panel in axes:
         entries |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(columns, len(entries)), frameon=False)
+    inches = 0.6 + 0.085 * max(map(len, entries))  # a column's handle and its longest label
+    columns = max(1, min(columns, len(entries), int(figure.get_figwidth() / inches)))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def draw_depth(plt, models: dict):

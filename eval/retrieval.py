@@ -161,7 +161,8 @@ class Sample:
     """A sequence and what of it is scored: `size` tokens from every position of `answers`.
 
     tokens_T: int64 [T]. swapped_T: the same with other values for the needles asked for; None where there are none.
-    distances: from a needle's first value token to its first scored token. text: the document, by name and first token.
+    distances: from a needle's first value token to that of its value in the answer, which the answer ends with. text: the
+    document, by name and first token.
     """
 
     tokens_T: np.ndarray
@@ -261,8 +262,8 @@ class Library:
 
     # -- needles
 
-    def statements(self, cell: Cell, draw) -> tuple[list[Statement], list[tuple[np.ndarray, int]]]:
-        """(statements in their order, questions as (tokens, number of the statement whose value is the answer))."""
+    def statements(self, cell: Cell, draw) -> tuple[list[Statement], list[tuple[np.ndarray, np.ndarray, int]]]:
+        """(statements in their order, questions as (tokens, answer, number of the statement whose value ends the answer))."""
         number = int(cell.low) if cell.task not in ("single", "depth") else 1
 
         def key():
@@ -288,10 +289,10 @@ class Library:
                 chain = [key() for _ in range(number + 1)]
                 made = [Statement(one, chain[0], value())]
                 made += [Statement(one, new, old) for old, new in zip(chain, chain[1:], strict=False)]
-                return made, [(one.question(chain[-1]), 0)]
+                return made, [(one.question(chain[-1]), np.concatenate([one.way(chain[-2::-1]), made[0].value]), 0)]
             case _:
                 made, asked = [Statement(template(), key(), value()) for _ in range(number)], draw.permutation(number).tolist()
-        return made, [(made[i].question, i) for i in asked]
+        return made, [(made[i].question, made[i].value, i) for i in asked]
 
     def check_size(self, cell: Cell) -> None:
         """ValueError unless the longest statements and questions that a cell may have leave some text at its length."""
@@ -301,6 +302,7 @@ class Library:
         longest += max(len(t.before) + len(t.between) for t in self.templates)
         statements = 1 + int(cell.high) if cell.task in ("multikey", "tracking") else math.ceil(cell.high)
         statements, questions = (1 if cell.task in ("single", "depth") else statements), PAIRS.get(cell.task, 1)
+        questions += int(cell.high) if cell.task == "tracking" else 0  # its answer holds a key and more for each link
         needed = 1 + statements * (longest + GAP) + questions * longest
         if needed >= cell.length:
             raise ValueError(f"{cell.task} at length {cell.length}: statements and questions take up to {needed} tokens: take "
@@ -329,10 +331,9 @@ class Library:
         for _ in range(MAX_DRAWS):
             made, questions = self.statements(cell, draw)
             keys, values = {s.key.tobytes(): s.key for s in made}, {s.value.tobytes() for s in made}
-            closing = np.concatenate([np.concatenate([tokens, made[i].value]) for tokens, i in questions])
-            end = cell.length - len(closing)
-            sizes = [len(tokens) + self.settings.value_length for tokens, _ in questions]
-            answers = [end + stop - self.settings.value_length for stop in np.cumsum(sizes).tolist()]
+            closing = np.concatenate([part for tokens, answer, _ in questions for part in (tokens, answer)])
+            end, size = cell.length - len(closing), len(questions[0][1])
+            answers = [end + stop - size for stop in np.cumsum([len(tokens) + size for tokens, *_ in questions]).tolist()]
             starts = self.places(cell, draw, made, end, answers[0])
             pieces = [s.tokens for s in made] + [closing]
             tokens_T = splice(self.delimiter, zip(starts + [end], pieces, strict=True), text, cell.length)
@@ -343,11 +344,11 @@ class Library:
             raise ValueError(f"{cell.task} at length {cell.length}: in {MAX_DRAWS} draws a key or value was there twice, or a "
                              f"key in the text: take a larger --key-length or --value-length, or more text")
         swapped_T, distances = tokens_T.copy(), []
-        for answer, (_, i) in zip(answers, questions, strict=True):
+        for answer, (*_, i) in zip(answers, questions, strict=True):
             start = starts[i] + len(made[i].question)
             swapped_T[start : start + self.settings.value_length] = self.other_value(draw, made[i].value)
-            distances.append(answer - start)
-        return Sample(tokens_T, answers, self.settings.value_length, name, stitched, swapped_T, distances)
+            distances.append(answer + size - self.settings.value_length - start)
+        return Sample(tokens_T, answers, size, name, stitched, swapped_T, distances)
 
     def other_value(self, draw, value):
         while True:  # the pool holds at least 8 tokens
@@ -431,8 +432,8 @@ def evaluate_sample(score, library: Library, cell: Cell, index: int) -> dict:
     if cell.task == "gain":
         return record | dict(token_accuracy=float(correct.mean()))
     swapped = nats_and_correct(sample.swapped_T)[0] if index < library.settings.swaps else []
-    read = [int(reads(answer - 1, answer - back)) for answer, back in zip(sample.answers, sample.distances, strict=True)] \
-        if reads else []
+    values = [answer + sample.size - library.settings.value_length for answer in sample.answers]
+    read = [int(reads(at - 1, at - back)) for at, back in zip(values, sample.distances, strict=True)] if reads else []
     return record | dict(distances=sample.distances, correct=["".join("01"[int(x)] for x in row) for row in correct],
                          swapped_nats=[round(float(x), 6) for x in swapped], read=read)
 
@@ -518,7 +519,7 @@ def chance(cell: Cell, first: bool, blind: float) -> float:
         case "multivalue":
             return 1 / number
         case "tracking":
-            return 1 / (number + 1)  # the values of the links are keys
+            return 1 / math.factorial(number)  # the links in any order, then the value
         case "mqar" | "dense":
             return 1 / number if first else sum(1 / left for left in range(1, number + 1)) / number
         case _:
@@ -530,7 +531,7 @@ def retrieval_row(cell: Cell, records: list[dict], blind: float, first: bool = F
     end = 1 if first else None
     correct = [[list(map(int, answer)) for answer in r["correct"][:end]] for r in records]
     exact = [[all(answer) for answer in answers] for answers in correct]
-    answers = np.array([answer for context in correct for answer in context])
+    answers = [answer for context in correct for answer in context]
     low, high = clustered_wilson(exact)
     swapped = [[s - n for s, n in zip(r["swapped_nats"], r["nats"], strict=True)][:end] for r in records if r["swapped_nats"]]
     gains = [gain for context in swapped for gain in context]
@@ -539,7 +540,8 @@ def retrieval_row(cell: Cell, records: list[dict], blind: float, first: bool = F
         variant=f"first of {cell.variant}" if first else cell.variant, n=len(answers), contexts=len(records),
         texts=len({r["text"] for r in records}), stitched=int(any(r["stitched"] for r in records)),
         exact_match=float(np.mean([e for context in exact for e in context])), exact_match_low=low, exact_match_high=high,
-        first_token_accuracy=float(answers[:, 0].mean()), token_accuracy=float(answers.mean()),
+        first_token_accuracy=statistics.fmean(answer[0] for answer in answers),
+        token_accuracy=statistics.fmean(token for answer in answers for token in answer),
         nats=statistics.fmean(x for r in records for x in r["nats"][:end]),
         retrieval_gain=statistics.fmean(gains) if gains else None, retrieval_gain_n=len(gains),
         chance=chance(cell, first, blind), needle_read=statistics.fmean(read) if read else None)

@@ -147,13 +147,14 @@ def found(pattern, tokens):
 
 
 def answer_by_reading(document, before, key, between, keys, length, depth=0):
-    """What `document` (the text before the question) says of `key`: the latest statement counts, links are followed."""
+    """What `document` (the text before the question) says of `key`: the latest statement counts, links are spelt out."""
     assert depth < 4
     asked = before + key + between
     place = max(found(asked, document)) + len(asked)
     named = list(itertools.takewhile(keys.__contains__, document[place:]))
     if named:
-        return answer_by_reading(document, before, named, between, keys, length, depth + 1)
+        way = named + between
+        return way + answer_by_reading(document, before, named, between, keys, length - len(way), depth + 1)
     return document[place : place + length]
 
 
@@ -204,12 +205,13 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
             assert all(start + 32 <= task.starts[-1] for start in task.starts[:-1])
             question = tokens[task.starts[-1] : task.starts[-1] + lengths[-1]]
             before, key, between, answer = parse(question, keys, len(task.answer))
+            value = answer[sum(len(other) + len(between) for other in task.keys[:-1]) :]
             asked_with.add((*before, -1, *between))
-            of_class += set(answer) <= values
-            of_text += not set(answer) <= values
-            assert {*before, *between} <= set(mix.template_ids) and (token_classes(answer) != 3).any()
-            assert 2 <= len(key) == len(set(key)) <= 5 and 2 <= len(answer) == len(set(answer)) <= 8
+            of_class += set(value) <= values
+            of_text += not set(value) <= values
+            assert {*before, *between} <= set(mix.template_ids) and (token_classes(value) != 3).any()
             assert answer == task.answer.tolist() and key == task.keys[-1].tolist()
+            assert 2 <= len(key) == len(set(key)) <= 5 and 2 <= len(value) == len(set(value)) <= 8
             # The key is where the task wrote it and nowhere else in the document, nor in the sequence.
             mentions = [start + place for start, piece in zip(task.starts, task.pieces, strict=True)
                         for place in found(key, piece.tolist())]
@@ -223,7 +225,7 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
             assert links == {"one link": 1, "two links": 2}.get(task.kind, 0)
     assert length < 8000 or share > 0.3 or kinds.keys() == {*KINDS, "passage"}  # fuller, few tasks of many pieces find room
     if length > 8000 and delimiter == GPT2:
-        assert len(asked_with) > 0.7 * (of_text + of_class) and 0.4 < of_text / (of_text + of_class) < 0.6
+        assert len(asked_with) > 0.7 * (of_text + of_class) and 0.3 < of_text / (of_text + of_class) < 0.7
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
