@@ -359,6 +359,29 @@ def test_lists_against_a_loop(case, kernel):
             assert not seen[0, h, n, :, num:].any()
 
 
+@pytest.mark.skipif(not CUDA, reason="an hour on the CPU")
+@pytest.mark.parametrize("R,P", [(32, 32), (128, 128)])
+def test_a_million_tokens_are_searched_like_a_few(R, P):
+    """Some tiles of them, early, late and the last, each against all scores of its own."""
+    N, H, d = 8192, 2, 32
+    generator = torch.Generator(DEVICE).manual_seed(R)
+    p, l = (torch.randn(1, N * BLOCK, H, d, device=DEVICE, generator=generator).to(DTYPE) for _ in range(2))  # noqa: E741
+    score = torch.rand(1, H, N * BLOCK, device=DEVICE, generator=generator)
+    asks, published = ask(score, R), publish(score.flip(-1), P)
+    documents = Documents.of(torch.ones(N * BLOCK, device=DEVICE, dtype=torch.int32), DELIMITER)
+    found = search(p, l, asks, published, documents, scalar(4), scalar(1))
+    key_at = torch.arange(N, device=DEVICE)[:, None] * BLOCK + published[0].long()  # [H, N, P]
+    for n in (5, 1000, 4097, 8190, 8191):
+        for h in range(H):
+            at = asks[0, h, n][asks[0, h, n] < BLOCK]
+            s = p[0, n * BLOCK + at.long(), h].float() @ l[0, key_at[h, :n].flatten(), h].float().T
+            s = s.unflatten(1, (n, P)).amax(-1)
+            best = s[:, 1 : n - 3].max(-1)
+            odds = best.values - s.scatter(1, best.indices[:, None] + 1, -math.inf).logsumexp(-1)
+            assert (found.block_BHNR[0, h, n, : len(at)] == best.indices + 1).float().mean() > 0.98  # near ties round apart
+            torch.testing.assert_close(found.log_odds_BHNR[0, h, n, : len(at)], odds, rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("R,P,length", [(16, 32, 10**6), (128, 128, 400), (32, 16, 200)])
 def test_locating_the_best_key_against_loops(R, P, length, kernel, monkeypatch):
