@@ -386,7 +386,7 @@ class Config:
         return self.spectral_shape().num_features if folds else 0
 
     def content_shape(self) -> ContentShape:
-        return ContentShape(self.spectral_pointer_heads, self.head_dim, self.spectral_landmark_dim,
+        return ContentShape(self.spectral_pointer_heads, self.head_dim, self.model_dim, self.spectral_landmark_dim,
                             self.spectral_pointer_asking, self.spectral_pointer_published, self.spectral_pointer_far_blocks,
                             self.spectral_pointer_floor, pooled=self.pooled)
 
@@ -615,7 +615,7 @@ class Attention(nn.Module):
         if offsets:
             lists = pointer_lists(prediction.delta_BHTM, documents, context.pointers, config.list_shape)
         if self.content is not None:
-            q, k, lists, pointing = self.point(q, k, lists if offsets else None, rotary, context, long_window)
+            q, k, lists, pointing = self.point(x, q, k, lists if offsets else None, rotary, context, long_window)
         else:
             q, k = rotary(q), rotary(k)
         if self.dense and config.spectral_length_scale:
@@ -633,11 +633,12 @@ class Attention(nn.Module):
                                  backend=self.backend, bias=bias)
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), self.out_w.type_as(x)), telemetry
 
-    def point(self, q: Tensor, k: Tensor, offsets: BlockLists | None, rotary: Rotary, context: Context, long_window: bool):
+    def point(self, x: Tensor, q: Tensor, k: Tensor, offsets: BlockLists | None, rotary: Rotary, context: Context,
+              long_window: bool):
         """Search by content: (rotated q and k with the landmarks folded in, lists, ContentTelemetry). `offsets`: the lists of
         the predicted ones, where both point."""
         config, content = self.config, self.content
-        marks = content(q, k)
+        marks = content(q, k, x)
         found = content.point(marks, context.documents, context.pointers, config.list_shape, config.num_heads,
                               context.window_blocks[int(long_window)], WINDOW_SLOTS[int(long_window)], offsets)
         plain_q, plain_k, q, k = q, k, rotary(q), rotary(k)

@@ -29,6 +29,7 @@ class ContentShape:
 
     heads: int = 2
     head_dim: int = 128
+    stream_dim: int = 0  # of the layer's input, which the gates see beside q and k; 0: they do not
     dim: int = 32  # r
     asking: int = 32  # tokens of a block that search, at most; in training all do
     published: int = 32  # tokens of a block that can be found; in training all can
@@ -84,7 +85,7 @@ class ContentPointers(nn.Module):
             return
         maps = torch.randn(s.heads, s.head_dim, s.dim, generator=generator) * s.dim**-0.5
         self.w_query, self.w_key = nn.Parameter(maps.clone()), nn.Parameter(maps.clone())
-        self.w_ask, self.w_publish = (nn.Parameter(torch.zeros(s.heads, s.head_dim + 1)) for _ in range(2))
+        self.w_ask, self.w_publish = (nn.Parameter(torch.zeros(s.heads, s.head_dim + s.stream_dim + 1)) for _ in range(2))
 
     def blend(self, q_BTHD: Tensor, k_BTHD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
         """The pointer heads' queries and keys before their norm become weighted sums over the last four tokens of the
@@ -105,15 +106,16 @@ class ContentPointers(nn.Module):
         w_query, w_key = (w.type_as(q_BTPD) for w in (self.w_query * self.shape.head_dim**-0.5, self.w_key))
         return torch.einsum("btpd,pde->btpe", q_BTPD, w_query), torch.einsum("btpd,pde->btpe", k_BTPD, w_key)
 
-    def forward(self, q_BTHD: Tensor, k_BTHD: Tensor) -> Landmarks:
-        """Normed, pre-rotary heads of a layer; the first P are looked at."""
+    def forward(self, q_BTHD: Tensor, k_BTHD: Tensor, x_BTC: Tensor | None = None) -> Landmarks:
+        """Normed, pre-rotary heads of a layer, of which the first P are looked at, and its normed input."""
         q, k = (x[:, :, : self.shape.heads] for x in (q_BTHD, k_BTHD))
         if self.shape.pooled:
             return self.pool(q, k)
 
-        def saliency(x_BTPD, w):
-            w = w.type_as(x_BTPD)
-            return (torch.einsum("btpd,pd->bpt", x_BTPD.detach(), w[:, :-1]) + w[:, -1:]).float()
+        def saliency(head_BTPD, w):
+            w_head, w_stream, bias = w.type_as(head_BTPD).split([self.shape.head_dim, self.shape.stream_dim, 1], -1)
+            logit = torch.einsum("btpd,pd->bpt", head_BTPD.detach(), w_head) + bias
+            return (logit if x_BTC is None else logit + torch.einsum("btc,pc->bpt", x_BTC.detach(), w_stream)).float()
 
         return Landmarks(*self.project(q, k), saliency(q, self.w_ask), saliency(k, self.w_publish))
 

@@ -12,7 +12,7 @@ from model.content import LEAST_PAST, LOSSES, TAPS, ContentPointers, ContentShap
 from model.selection import Claims
 
 pytestmark = pytest.mark.usefixtures("one_thread_on_cpu")
-SHAPE = ContentShape(heads=2, head_dim=32, dim=16, rows=16)
+SHAPE = ContentShape(heads=2, head_dim=32, stream_dim=24, dim=16, rows=16)
 
 
 def pointers(seed=0, shape=SHAPE):
@@ -84,7 +84,8 @@ def test_losses_against_loops():
     documents, phase = Documents.of(tokens, DELIMITER), torch.tensor(17, dtype=torch.int32)
     q, k = heads(3)
     logits = lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2])  # noqa: E731
-    marks = module(q, k)
+    stream = noise((1, T, 24), 8).double()
+    marks = module(q, k, stream)
     asked, wanted = torch.rand(2, 1, 2, T, generator=torch.Generator().manual_seed(0)).double()
     found = module.losses(marks, Pointing(None, None, None, asked, wanted), q, k, logits, documents, phase)
     rows = [64 * s + 17 for s in range(16)]
@@ -101,7 +102,7 @@ def test_losses_against_loops():
     assert 2 < count < 16
     expected = [kl / count]
     for x, w, y in ((q, module.w_ask, asked[0]), (k, module.w_publish, wanted[0])):
-        z = torch.einsum("tpd,pd->pt", x[0, :, :2], w[:, :-1]) + w[:, -1:]
+        z = torch.stack([torch.cat([x[0, :, h], stream[0], torch.ones(T, 1)], -1) @ w[h] for h in range(2)])
         expected.append(-(y * z.sigmoid().log() + (1 - y) * (-z).sigmoid().log()).mean().item())
     torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
 
@@ -141,10 +142,11 @@ def test_the_losses_reach_the_maps_alone():
     module, documents = pointers(), Documents.of(documents_of(T, 4, mean_length=10**9), DELIMITER)
     q, k = (x.requires_grad_() for x in heads(3))
     labels = Pointing(None, None, None, torch.full((1, 2, T), 0.3).double(), torch.full((1, 2, T), 0.1).double())
-    losses = module.losses(module(q, k), labels, q, k, lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2]),
+    marks = module(q, k, stream := noise((1, T, 24), 8).double().requires_grad_())
+    losses = module.losses(marks, labels, q, k, lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2]),
                            documents, torch.tensor(0))
     losses.sum().backward()
-    assert q.grad is None and k.grad is None and module.taps.grad is None
+    assert q.grad is None and k.grad is None and stream.grad is None and module.taps.grad is None
     for name in ("w_query", "w_key", "w_ask", "w_publish"):
         assert (getattr(module, name).grad != 0).all(), name
 
@@ -180,7 +182,7 @@ def test_far_blocks_are_read_by_the_pointer_heads_alone_and_within_the_budget():
 
 def test_a_planted_match_is_found():
     """A key equal to a far query's direction: its block is claimed by that query's block, from that query on."""
-    shape = ContentShape(heads=1, head_dim=32, dim=16, far_blocks=4, floor=0.0)  # in training all tokens are searched
+    shape = ContentShape(heads=1, head_dim=32, dim=16, far_blocks=4, floor=2.0)  # in training all tokens are searched
     module = ContentPointers(shape, torch.Generator().manual_seed(0))
     q, k = (0.03 * noise((1, 12 * BLOCK, 1, 32), i) for i in range(2))
     mark = torch.nn.functional.normalize(noise((32,), 7), dim=0) * 32**0.5
