@@ -256,6 +256,8 @@ class _Draft:
         self.rooms = list(itertools.accumulate(end - begin - MIN_DISTANCE for begin, end in self.documents))
         self.taken = bytearray(len(tokens))  # by pieces, and by the text that passages copy
         self.key_T = mixer.is_key_V[tokens].tobytes()
+        barred = mixer.is_key_V[tokens] | (tokens == mixer.delimiter)  # from values of the text
+        self.kind_T = np.where(barred, 2, token_classes(tokens) != CLASSES["eval"][1]).astype(np.uint8).tobytes()
         pairs = np.flatnonzero(mixer.is_key_V[tokens[:-1]] & mixer.is_key_V[tokens[1:]])
         self.text_pairs = set(zip(tokens[pairs].tolist(), tokens[pairs + 1].tolist(), strict=True))
         self.keys, self.key_parts = set(), set()
@@ -375,10 +377,9 @@ class _Draft:
         text is too poor for that, a value of training's class."""
         for _ in range(VALUE_TRIES):
             places = [self.below(len(self.tokens)) for _ in range(length)]
-            value = self.tokens[places].astype(np.int64)
-            if (len(set(value.tolist())) == length and self.mixer.delimiter not in value
-                    and not any(self.key_T[place] for place in places) and (token_classes(value) != CLASSES["eval"][1]).any()):
-                return value
+            kinds = [self.kind_T[place] for place in places]
+            if 2 not in kinds and 1 in kinds and len(set(value := self.tokens[places].tolist())) == length:
+                return np.array(value, dtype=np.int64)
         return draw_value(self, self.mixer.value_ids, length)
 
     def places(self, pieces, question, longest):
