@@ -200,6 +200,21 @@ def test_two_processes_give_the_losses_of_one(two_processes, finished):
     assert losses(two_processes, "train_loss")[1] == pytest.approx(losses(finished.C, "train_loss")[1], rel=1e-6)
 
 
+def test_two_processes_mix_and_search_as_one(settings, tmp_path):
+    """Three sequences a step, so that the two have unequal shares of what is mixed."""
+    variables = settings | dict(LOG_DIR=tmp_path, NUM_ITERATIONS=4, BATCH_TOKENS=3 * 512, TRAIN_SEQ_LEN=512, RETRIEVAL_MIX=0.3,
+                                SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="content", SPECTRAL_POINTER_NEAR_BLOCKS=1,
+                                SPECTRAL_POINTER_HEADS=1, SPECTRAL_LANDMARK_DIM=16, SPECTRAL_POINTER_FAR_BLOCKS=2,
+                                SPECTRAL_POINTER_FLOOR=-30)
+    result = finish(start(variables | dict(RUN_NAME="two"), processes=2))
+    assert result.returncode == 0, result.stderr
+    main(variables | dict(RUN_NAME="one"))
+    one, two = (losses(tmp_path / name, "train_loss") for name in ("one", "two"))
+    assert len(one) == 4 and [two[s] for s in one] == pytest.approx(list(one.values()), rel=1e-4)
+    main(variables | dict(RUN_NAME="plain", RETRIEVAL_MIX=0))
+    assert losses(tmp_path / "plain", "train_loss")[4] != pytest.approx(one[4], rel=1e-3)
+
+
 def test_every_rank_has_a_log_if_asked(two_processes, finished):
     assert "step 10/10 val_loss" in (two_processes / "log_rank1.txt").read_text()
     assert not (finished.C / "log_rank1.txt").exists()
