@@ -386,8 +386,9 @@ def test_a_million_tokens_are_searched_like_a_few(R, P):
 @pytest.mark.parametrize("R,P,length", [(16, 32, 10**6), (128, 128, 400), (32, 16, 200)])
 def test_locating_the_best_key_against_loops(R, P, length, kernel, monkeypatch):
     monkeypatch.setattr(selection, "LOCATED_VALUES", 2 * R * P * 16)  # tile by tile
-    p, l, asks, published, *_ = search_inputs(6, 2, R, P, 16, R, length)  # noqa: E741
-    documents = documents_of(6, R, length)
+    N = 3 if R == 128 else 6
+    p, l, asks, published, *_ = search_inputs(N, 2, R, P, 16, R, length)  # noqa: E741
+    documents = documents_of(N, R, length)
     inputs = [p.to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), asks.to(DEVICE), published.to(DEVICE)]
     found = search(*inputs, documents, scalar(1), scalar(0))
     if kernel:
@@ -397,7 +398,7 @@ def test_locating_the_best_key_against_loops(R, P, length, kernel, monkeypatch):
     p, l, block, doc = *on_cpu(inputs[:2]), found.block_BHNR.cpu(), documents.id_T.tolist()  # noqa: E741
     checked = 0
     for h in range(2):
-        for n in range(6):
+        for n in range(N):
             for slot in range(R):
                 if block[0, h, n, slot] < 0:
                     assert at[0, h, n, slot] == -1
