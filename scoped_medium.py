@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -1037,6 +1038,14 @@ class TokenLoader:
             p["shard"], p["epoch"] = 0, p["epoch"] + 1
         return tokens
 
+    def peek(self) -> np.ndarray:
+        """What next_batch will return."""
+        position = dict(self.position)
+        try:
+            return self.next_batch()
+        finally:
+            self.position = position
+
     def has(self, position: dict) -> bool:
         return position["shard"] < len(self.paths) and position["batch"] < self.batches[position["shard"]]
 
@@ -1069,6 +1078,33 @@ def local_sequences(batch: np.ndarray, seq_len: int, device: torch.device, mix=N
         tokens = torch.from_numpy((mix(tokens, start // seq_len) if mix else tokens).astype(np.int32))
         tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
         yield tokens[:-1], tokens[1:].long()
+
+
+class MixedAhead:
+    """The mixer, a step ahead: a thread mixes the next step's sequences of this process while the GPU works on this one's."""
+
+    def __init__(self, mixer: Mixer, loader: TokenLoader, seq_len: int):
+        self.mixer, self.loader, self.seq_len = mixer, loader, seq_len
+        self.thread, self.step, self.sequences = ThreadPoolExecutor(1, "mix"), None, {}
+        sys.setswitchinterval(5e-4)  # the thread must not keep the one that launches kernels waiting for 5 ms
+
+    def of_step(self, step: int):
+        """For local_sequences: mix(tokens, index)."""
+        made = self.sequences if self.step == step else {}
+        return lambda tokens, index: made[index].result() if index in made else self.mixer.mix(step, tokens, index)
+
+    def prepare(self, step: int) -> None:
+        """Start on a step; the loader stands before its batch. Where there is none, next_batch will say so in its turn."""
+        self.step, self.sequences = None, {}
+        try:
+            batch = self.loader.peek()
+        except Stop:
+            return
+        rank, world_size, _ = world()
+        self.step = step
+        for i in range(rank, (len(batch) - 1) // self.seq_len, world_size):
+            tokens = batch[i * self.seq_len : (i + 1) * self.seq_len + 1]
+            self.sequences[i] = self.thread.submit(self.mixer.mix, step, tokens, i)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1494,6 +1530,7 @@ def train(trainer: Trainer) -> None:
             run.log(f"step {trainer.step}/{trainer.total_steps} val_loss {value:.4f} train_time {train_seconds:.1f} s")
 
     trainer.compare_ranks()
+    ahead = trainer.mixer and MixedAhead(trainer.mixer, trainer.train_loader, config.train_seq_len)
     while trainer.step < config.num_iterations:
         if config.val_loss_every and trainer.step % config.val_loss_every == 0:
             validate()
@@ -1503,7 +1540,9 @@ def train(trainer: Trainer) -> None:
         schedule = trainer.schedule()
         epoch = trainer.train_loader.position["epoch"]
         batch = trainer.train_loader.next_batch()
-        mix = trainer.mixer and partial(trainer.mixer.mix, trainer.step)
+        mix = ahead and ahead.of_step(trainer.step)
+        if ahead and trainer.step + 1 < config.num_iterations:
+            ahead.prepare(trainer.step + 1)
         loss, grad_norm = trainer.train_step(local_sequences(batch, config.train_seq_len, device, mix))
         trainer.step += 1
         PROGRESS.step = trainer.step

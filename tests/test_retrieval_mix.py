@@ -464,3 +464,29 @@ def test_refusals(settings, tmp_path, change, said):
 def test_another_share_is_another_configuration():
     old = dataclasses.asdict(S.Config(retrieval_mix=0.05))
     assert S.differing_settings(old, S.Config(retrieval_mix=0.1), S.RESUME_MUST_MATCH) == ["RETRIEVAL_MIX was 0.05, is 0.1"]
+
+
+def test_sequences_mixed_ahead_are_those_mixed_in_time(settings, monkeypatch):
+    """In order, after a jump, and behind the last batch; by whichever process."""
+    loader = S.TokenLoader(str(settings["TRAIN_FILES"]), 1024, 257, epochs=1)
+    mix, taken = mixer(BYTES), []
+    monkeypatch.setattr(mix, "mix", lambda *a: taken.append(a[0]) or Mixer.mix(mix, *a))
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        loader.position = dict(epoch=0, shard=0, batch=0)
+        ahead = S.MixedAhead(mix, loader, 256)
+        for step in [0, 1, 2, 7, 8, 9]:
+            batch, function = loader.next_batch(), ahead.of_step(step)
+            position = dict(loader.position)
+            ahead.prepare(step + 1)
+            assert loader.position == position
+            for index in range(rank, 4, 2):
+                tokens = batch[256 * index : 256 * index + 257]
+                assert (function(tokens, index) == Mixer.mix(mix, step, tokens, index)).all()
+        loader.position = dict(epoch=1, shard=0, batch=0)
+        ahead.prepare(10)
+        assert ahead.step is None and ahead.sequences == {}
+        with pytest.raises(S.Stop, match="used up"):
+            loader.next_batch()
+    assert taken.count(1) == 4  # two sequences a process, and each once
