@@ -92,6 +92,7 @@ from model.attn_bias import (
 from model.content import LOSSES, ContentPointers, ContentShape, ContentTelemetry
 from model.head import (
     FP8_GRAD_SCALE,
+    FP8_W_LARGEST,
     FP8_W_SCALE,
     FP8_X_SCALE,
     LOGIT_CAP,
@@ -743,8 +744,7 @@ class GPT(nn.Module):
     def keep_head_in_range(self) -> None:
         """The FP8 head saturates weights that its gradient then pushes on unseen, until the head of an evaluation, which does
         not saturate, is another one: keep them where both agree."""
-        largest = FP8_W_SCALE * torch.finfo(torch.float8_e4m3fn).max
-        self.head_w.clamp_(-largest, largest)
+        self.head_w.clamp_(-FP8_W_LARGEST, FP8_W_LARGEST)
 
     def use_backend(self, backend: str) -> None:
         for block in self.blocks:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 LOGIT_CAP, LOGIT_TEMPERATURE = 30.0, 7.5
 FP8_X_SCALE, FP8_W_SCALE, FP8_GRAD_SCALE = 0.5, 2.0**-9, 2.0**-19
+FP8_W_LARGEST = FP8_W_SCALE * torch.finfo(torch.float8_e4m3fn).max
 CHUNK = 8192  # tokens: the matrix products are large, and grad_w is added to few times
 MULTIPLE = 16  # of every dimension of an FP8 product on a GPU
 
@@ -24,8 +25,7 @@ def quantise_x(x_TC: Tensor) -> Tensor:
 
 def quantise_w(w_VC: Tensor) -> Tensor:
     """w / FP8_W_SCALE in e4m3, saturating: weights reach its end, and a plain cast would make NaN of what is beyond."""
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    return w_VC.div(FP8_W_SCALE).clamp_(-largest, largest).to(torch.float8_e4m3fn)
+    return w_VC.clamp(-FP8_W_LARGEST, FP8_W_LARGEST).div_(FP8_W_SCALE).to(torch.float8_e4m3fn)
 
 
 def losses_and_gradient_plain(z_RV: Tensor, targets_R: Tensor, scale: float, dtype=torch.float8_e5m2):
