@@ -652,9 +652,9 @@ class Attention(nn.Module):
 
         losses, far_mass = torch.zeros(len(LOSSES), device=q.device), torch.zeros(content.shape.heads, device=q.device)
         if self.training and not config.pooled:
-            documents, phase = context.documents, context.sample
-            losses = content.losses(marks, found, plain_q, plain_k, content_logits, documents, phase)
-            far_mass = content.far_mass(marks, found.claims, content_logits, documents, context.pointers, phase)
+            rows = content.sample(content_logits, context.documents, context.sample)
+            losses = content.losses(marks, found, plain_q, plain_k, rows)
+            far_mass = content.far_mass(marks, found.claims, rows, context.documents, context.pointers)
         if not config.pooled:
             q = content.fold(q, marks.p_BTPr / ATTENTION_SCALE, config.folded_features)
             k = content.fold(k, marks.l_BTPr, config.folded_features)

@@ -63,6 +63,15 @@ class Pointing(NamedTuple):
     wanted_BPT: Tensor | None  # in training: the highest such share of the tokens that found this one
 
 
+class Rows(NamedTuple):
+    """A sample of a sequence's rows."""
+
+    at_S: Tensor
+    past_ST: Tensor  # bool, of the row's document
+    weight_S: Tensor  # sums to 1; those with little past have none
+    logits_PST: Tensor  # what they would be without the landmarks; detached
+
+
 class ContentTelemetry(NamedTuple):
     """Detached device tensors; reading them is left to the logging steps."""
 
@@ -154,18 +163,14 @@ class ContentPointers(nn.Module):
             wanted = torch.zeros_like(asked).scatter_reduce(-1, at.clamp(min=0).long(), asked, "amax")  # -1: asked is 0
         return Pointing(lists, claims, found.log_odds_BHNR, asked, wanted)
 
-    def losses(self, marks: Landmarks, found: Pointing, q_BTHD: Tensor, k_BTHD: Tensor, content_logits, documents: Documents,
-               phase: Tensor) -> Tensor:
+    def losses(self, marks: Landmarks, found: Pointing, q_BTHD: Tensor, k_BTHD: Tensor, rows: Rows) -> Tensor:
         """[3], in the order of LOSSES; their gradients reach this module's parameters alone, taps excepted.
 
-        q_BTHD, k_BTHD: normed, pre-rotary. content_logits(rows_S) -> [P, S, T]: what the sampled rows' logits would be
-        without the landmarks. B must be 1. Teacher of the landmarks: softmax of those logits over the document's past.
+        q_BTHD, k_BTHD: normed, pre-rotary; B must be 1. Teacher of the landmarks: softmax of the rows' logits over their past.
         Teacher of `ask` and `publish`: what the search of all tokens found.
         """
-        s = self.shape
-        with torch.no_grad():
-            rows_S, past_ST, counts_S = self.sample(documents, phase)
-            teacher_PST = content_logits(rows_S).masked_fill(~past_ST, float("-inf")).softmax(-1)
+        s, (rows_S, past_ST, counts_S, logits_PST) = self.shape, rows
+        teacher_PST = logits_PST.masked_fill(~past_ST, float("-inf")).softmax(-1)
         q, k = (x[:, :, : s.heads].detach() for x in (q_BTHD, k_BTHD))
         p_BSPr, l_BTPr = self.project(q[:, rows_S], k)
         student_PST = torch.einsum("bspe,btpe->pst", p_BSPr, l_BTPr).float().masked_fill(~past_ST, float("-inf"))
@@ -175,30 +180,31 @@ class ContentPointers(nn.Module):
                             F.binary_cross_entropy_with_logits(marks.ask_BPT, found.asked_BPT),
                             F.binary_cross_entropy_with_logits(marks.publish_BPT, found.wanted_BPT)])
 
-    def sample(self, documents: Documents, phase: Tensor):
-        """(positions of the sampled rows, their past [S, T], the weight of each: those with little past have none)."""
+    @torch.no_grad()
+    def sample(self, content_logits, documents: Documents, phase: Tensor) -> Rows:
+        """content_logits(rows_S) -> [P, S, T]."""
         T = len(documents.id_T)
         rows_S = torch.arange(self.shape.rows, device=phase.device) * (T // self.shape.rows) + phase
         position_T = torch.arange(T, device=phase.device)
         past_ST = (position_T <= rows_S[:, None]) & (documents.id_T == documents.id_T[rows_S, None])
         counts_S = (past_ST.sum(-1) >= LEAST_PAST).float()
-        return rows_S, past_ST, counts_S / counts_S.sum().clamp(min=1)
+        return Rows(rows_S, past_ST, counts_S / counts_S.sum().clamp(min=1), content_logits(rows_S))
 
     @torch.no_grad()
-    def far_mass(self, marks: Landmarks, claims: Claims, content_logits, documents: Documents, state, phase: Tensor) -> Tensor:
+    def far_mass(self, marks: Landmarks, claims: Claims, rows: Rows, documents: Documents, state) -> Tensor:
         """[P], the share of its attention that a sampled row gives to the blocks that its heads claimed; B must be 1."""
-        rows_S, past_ST, counts_S = self.sample(documents, phase)
-        block_T = torch.arange(len(documents.id_T), device=phase.device) // BLOCK
+        rows_S, past_ST, counts_S, logits_PST = rows
+        block_T = torch.arange(len(documents.id_T), device=rows_S.device) // BLOCK
         tile_S, x_S = rows_S // BLOCK, rows_S % BLOCK
         near_ST = ((block_T > tile_S[:, None] - state.local_blocks)
                    | (block_T < documents.start_block_N[tile_S, None] + state.global_blocks))
         num_PS, block_PSW, time_PSW = (x[0][:, tile_S] for x in claims)
-        slot = torch.arange(block_PSW.size(-1), device=phase.device)
+        slot = torch.arange(block_PSW.size(-1), device=rows_S.device)
         seen_PSW = (slot < num_PS[..., None]) & (time_PSW <= x_S[:, None])
-        claimed_PSN = torch.zeros(*num_PS.shape, len(documents.start_block_N), device=phase.device)
+        claimed_PSN = torch.zeros(*num_PS.shape, len(documents.start_block_N), device=rows_S.device)
         claimed_PSN = claimed_PSN.scatter_reduce(-1, block_PSW.long(), seen_PSW.float(), "amax")
         claimed_PST = (claimed_PSN[..., block_T] > 0) & past_ST & ~near_ST
-        logits_PST = content_logits(rows_S) + torch.einsum("bspe,btpe->pst", marks.p_BTPr[:, rows_S], marks.l_BTPr).float()
+        logits_PST = logits_PST + torch.einsum("bspe,btpe->pst", marks.p_BTPr[:, rows_S], marks.l_BTPr).float()
         share_PST = logits_PST.masked_fill(~(claimed_PST | (near_ST & past_ST)), float("-inf")).softmax(-1)
         return ((share_PST * claimed_PST).sum(-1) * counts_S).sum(-1)
 

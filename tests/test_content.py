@@ -87,7 +87,8 @@ def test_losses_against_loops():
     stream = noise((1, T, 24), 8).double()
     marks = module(q, k, stream)
     asked, wanted = torch.rand(2, 1, 2, T, generator=torch.Generator().manual_seed(0)).double()
-    found = module.losses(marks, Pointing(None, None, None, asked, wanted), q, k, logits, documents, phase)
+    found = module.losses(marks, Pointing(None, None, None, asked, wanted), q, k,
+                          module.sample(logits, documents, phase))
     rows = [64 * s + 17 for s in range(16)]
     kl, count = 0.0, 0
     for row in rows:
@@ -118,7 +119,8 @@ def test_far_mass_against_loops():
     num = torch.randint(0, 3, (1, 2, N), generator=generator).int()
     block = torch.stack([torch.randperm(N, generator=generator)[:2] for _ in range(2 * N)]).view(1, 2, N, 2).int()
     time = torch.randint(0, BLOCK, (1, 2, N, 2), generator=generator).int()
-    found = module.far_mass(marks, Claims(num, block, time), logits, documents, state, torch.tensor(5))
+    rows = module.sample(logits, documents, torch.tensor(5))
+    found = module.far_mass(marks, Claims(num, block, time), rows, documents, state)
     shares = [[], []]
     for row in range(5, T, T // 32):
         if (documents.id_T[: row + 1] == documents.id_T[row]).sum() < LEAST_PAST:
@@ -143,8 +145,8 @@ def test_the_losses_reach_the_maps_alone():
     q, k = (x.requires_grad_() for x in heads(3))
     labels = Pointing(None, None, None, torch.full((1, 2, T), 0.3).double(), torch.full((1, 2, T), 0.1).double())
     marks = module(q, k, stream := noise((1, T, 24), 8).double().requires_grad_())
-    losses = module.losses(marks, labels, q, k, lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2]),
-                           documents, torch.tensor(0))
+    rows = module.sample(lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2]), documents, torch.tensor(0))
+    losses = module.losses(marks, labels, q, k, rows)
     losses.sum().backward()
     assert q.grad is None and k.grad is None and stream.grad is None and module.taps.grad is None
     for name in ("w_query", "w_key", "w_ask", "w_publish"):
