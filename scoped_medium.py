@@ -180,18 +180,16 @@ class Config:
 
     spectral_window_hold: float = _spectral(0.0, "share of the steps before the sliding windows grow beyond 2 blocks: what "
                                                  "lies farther, pointers alone can reach, and so they learn", low=0, high=0.99)
-    spectral_pointer_heads: int = _spectral(2, "content: heads of a layer that search and read far blocks", low=1)
+    spectral_pointer_heads: int = _spectral(1, "content: heads of a layer that search and read far blocks", low=1)
     spectral_pointer_far_blocks: int = _spectral(16, "content: far blocks that a query block reads at most", low=1, high=32)
     spectral_pointer_near_blocks: int = _spectral(4, "content: local band of the heads that search, blocks; few, or they learn "
                                                      "to search no further (mixed: SPECTRAL_POINTER_LOCAL_BLOCKS)", low=1)
     spectral_length_scale: bool = _spectral(False, "dense: logits grow with the logarithm of the past, against its growing "
                                                    "noise (scale-invariant attention)")
-    spectral_pointer_floor: float = _spectral(0.0, "content: log-odds of a block, over those of an average one of the "
+    spectral_pointer_floor: float = _spectral(2.0, "content: log-odds of a block, over those of an average one of the "
                                                    "past, below which it is not read")
-    spectral_pointer_asking: int = _spectral(32, "content: tokens of a block that search, at most; in training all do",
+    spectral_pointer_asking: int = _spectral(16, "content: tokens of a block that search, at most; in training all do",
                                              low=16, high=BLOCK)
-    spectral_pointer_published: int = _spectral(32, "content: tokens of a block that can be found; in training all can",
-                                                low=16, high=BLOCK)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
     spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and saliency", low=0)
 
@@ -350,7 +348,7 @@ class Config:
 
     def impossible_content(self) -> list[str]:
         problems = [f"{name.upper()}={getattr(self, name)} is not a power of two" for name in (
-            "spectral_pointer_far_blocks", "spectral_pointer_asking", "spectral_pointer_published", "spectral_landmark_dim")
+            "spectral_pointer_far_blocks", "spectral_pointer_asking", "spectral_landmark_dim")
             if getattr(self, name).bit_count() != 1]
         if self.spectral_pointer_heads > self.num_heads:
             problems.append(f"SPECTRAL_POINTER_HEADS={self.spectral_pointer_heads} exceeds NUM_HEADS={self.num_heads}")
@@ -389,8 +387,8 @@ class Config:
 
     def content_shape(self) -> ContentShape:
         return ContentShape(self.spectral_pointer_heads, self.head_dim, self.model_dim, self.spectral_landmark_dim,
-                            self.spectral_pointer_asking, self.spectral_pointer_published, self.spectral_pointer_far_blocks,
-                            self.spectral_pointer_floor, pooled=self.pooled)
+                            self.spectral_pointer_asking, self.spectral_pointer_far_blocks, self.spectral_pointer_floor,
+                            pooled=self.pooled)
 
     def spectral_layer_ids(self) -> set[int]:
         """Layers with the bias, the pointers, or both."""

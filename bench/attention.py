@@ -257,12 +257,11 @@ def listed(setting: Setting, backend: str, layout: str | None, window: bool = Fa
 
 
 def content(setting: Setting, tokens: int, backend: str = "triton") -> Cell:
-    """Content pointers in a quarter of the heads: `tokens` of a block search, and as many can be found. No log-odds are too low
-    here, so on random data the threshold of the blocks before fills the lists. `ms` holds the selection too."""
-    shape = ContentShape(H // 4, D, asking=tokens, published=tokens, floor=-math.inf)
+    """Content pointers: `tokens` of a block search. No log-odds are too low here, so on random data the threshold of the blocks
+    before fills the lists. `ms` holds the selection too."""
+    shape = ContentShape(head_dim=D, asking=tokens, floor=-math.inf)
     module = ContentPointers(shape, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(module.w_ask, generator=torch.Generator().manual_seed(1))
-    torch.nn.init.normal_(module.w_publish, generator=torch.Generator().manual_seed(2))
     module = module.to(setting.device).eval()
     state = PointerState(*(torch.tensor(x, dtype=torch.int32, device=setting.device) for x in LISTS))
     window = torch.tensor(WINDOW, dtype=torch.int32, device=setting.device)
@@ -295,8 +294,8 @@ def content(setting: Setting, tokens: int, backend: str = "triton") -> Cell:
         everything=setting.run(lambda x: layer(*x[:3], x.documents), lambda x: (*x[:3], *learnt)),
         select=lambda x: select(x.coefficients, x.documents, setting.backward),
         both_directions=lambda x: select(x.coefficients, x.documents, True),
-        note=f"{H // 4} pointer heads, up to {shape.far_blocks} far blocks, {tokens} of {BLOCK} tokens search and are found; "
-             f"selection inside ms")
+        note=f"pointer heads: {shape.heads}, up to {shape.far_blocks} far blocks, {tokens} of {BLOCK} tokens search; selection "
+             f"inside ms")
 
 
 def dense(setting: Setting, kernel: SDPBackend) -> Cell:

@@ -58,12 +58,12 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "single": Kind(0.60),
+    "single": Kind(0.50),
     "asked twice": Kind(0.07, questions=2),
     "asked three times": Kind(0.03, questions=3),
     "two values": Kind(0.10, values=2),
-    "one link": Kind(0.15, links=1),
-    "two links": Kind(0.05, links=2),
+    "one link": Kind(0.20, links=1),
+    "two links": Kind(0.10, links=2),
 }
 KIND_EDGES = list(itertools.accumulate(kind.share for kind in KINDS.values()))
 

@@ -16,25 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import BLOCK, BlockLists, Documents
-from model.selection import Claims, admit, append_claims, ask, content_lists, locate, odds_floor, publish, search
+from model.selection import Claims, admit, append_claims, ask, content_lists, odds_floor, search
 
 TAPS = 4  # tokens that a pointer head's query and key see
 LEAST_PAST = 512  # tokens of its document that a sampled row must have behind it
-LOSSES = ("landmark_kl", "ask_bce", "publish_bce")
+LOSSES = ("landmark_kl", "ask_bce")
 
 
 @dataclass(frozen=True)
 class ContentShape:
     """The constants of a layer's content pointers."""
 
-    heads: int = 2
+    heads: int = 1
     head_dim: int = 128
-    stream_dim: int = 0  # of the layer's input, which the gates see beside q and k; 0: they do not
+    stream_dim: int = 0  # of the layer's input, which the gate sees beside q; 0: it does not
     dim: int = 32  # r
-    asking: int = 32  # tokens of a block that search, at most; in training all do
-    published: int = 32  # tokens of a block that can be found; in training all can
+    asking: int = 16  # tokens of a block that search, at most; in training all do
     far_blocks: int = 16  # W, blocks that a query block may claim
-    floor: float = 0.0  # log-odds, over those of an average block of the past, below which nothing is claimed
+    floor: float = 2.0  # log-odds, over those of an average block of the past, below which nothing is claimed
     rows: int = 128  # S
     pooled: bool = False  # no landmarks: the mean over a block of its keys' non-rotating dimensions, for comparison
     pacing: float = 2.0
@@ -50,7 +49,6 @@ class Landmarks(NamedTuple):
     p_BTPr: Tensor  # of the queries, scaled
     l_BTPr: Tensor  # of the keys: p . l is in nats
     ask_BPT: Tensor | None  # logit: is a far place worth searching from here; float32
-    publish_BPT: Tensor | None  # logit: will this token be looked for; float32
 
 
 class Pointing(NamedTuple):
@@ -60,7 +58,6 @@ class Pointing(NamedTuple):
     claims: Claims  # of the pointer heads
     log_odds_BPNR: Tensor  # of every asking token's best block
     asked_BPT: Tensor | None  # in training: the share of its past's weight that a token's best far block has
-    wanted_BPT: Tensor | None  # in training: the highest such share of the tokens that found this one
 
 
 class Rows(NamedTuple):
@@ -77,7 +74,7 @@ class ContentTelemetry(NamedTuple):
 
     claims: Claims  # of the pointer heads
     log_odds_BPNR: Tensor  # of every asking token's best block
-    losses: Tensor  # [3], in the order of LOSSES, nats
+    losses: Tensor  # [2], in the order of LOSSES, nats
     far_mass_P: Tensor  # share of the sampled rows' attention that claimed blocks get; 0 outside training
 
 
@@ -94,7 +91,7 @@ class ContentPointers(nn.Module):
             return
         maps = torch.randn(s.heads, s.head_dim, s.dim, generator=generator) * s.dim**-0.5
         self.w_query, self.w_key = nn.Parameter(maps.clone()), nn.Parameter(maps.clone())
-        self.w_ask, self.w_publish = (nn.Parameter(torch.zeros(s.heads, s.head_dim + s.stream_dim + 1)) for _ in range(2))
+        self.w_ask = nn.Parameter(torch.zeros(s.heads, s.head_dim + s.stream_dim + 1))
 
     def blend(self, q_BTHD: Tensor, k_BTHD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
         """The pointer heads' queries and keys before their norm become weighted sums over the last four tokens of the
@@ -121,18 +118,17 @@ class ContentPointers(nn.Module):
         if self.shape.pooled:
             return self.pool(q, k)
 
-        def saliency(head_BTPD, w):
-            w_head, w_stream, bias = w.type_as(head_BTPD).split([self.shape.head_dim, self.shape.stream_dim, 1], -1)
-            logit = torch.einsum("btpd,pd->bpt", head_BTPD.detach(), w_head) + bias
-            return (logit if x_BTC is None else logit + torch.einsum("btc,pc->bpt", x_BTC.detach(), w_stream)).float()
-
-        return Landmarks(*self.project(q, k), saliency(q, self.w_ask), saliency(k, self.w_publish))
+        w_head, w_stream, bias = self.w_ask.type_as(q).split([self.shape.head_dim, self.shape.stream_dim, 1], -1)
+        ask = torch.einsum("btpd,pd->bpt", q.detach(), w_head) + bias
+        if x_BTC is not None:
+            ask = ask + torch.einsum("btc,pc->bpt", x_BTC.detach(), w_stream)
+        return Landmarks(*self.project(q, k), ask.float())
 
     def pool(self, q_BTPD: Tensor, k_BTPD: Tensor) -> Landmarks:
         """All tokens of a block have the block's mean key; only later blocks search it."""
         q, k = (torch.cat([x[..., D // 4 : D // 2], x[..., D - D // 4 :]], -1) for x in (q_BTPD, k_BTPD) for D in [x.size(-1)])
         mean = k.unflatten(1, (-1, BLOCK)).mean(2, keepdim=True).expand(-1, -1, BLOCK, -1, -1).flatten(1, 2)
-        return Landmarks(q * self.shape.head_dim**-0.5, mean, None, None)
+        return Landmarks(q * self.shape.head_dim**-0.5, mean, None)
 
     @torch.no_grad()
     def point(self, marks: Landmarks, documents: Documents, state, list_shape, heads: int, window: Tensor, window_slots: int,
@@ -141,33 +137,26 @@ class ContentPointers(nn.Module):
         (int32 scalar, at most `window_slots`); with `offsets`, the lists of predicted offsets, all of the `heads` read those,
         and the pointer heads their claims too. `state` is a PointerState, whose negative radius switches the claims off."""
         s = self.shape
-        if s.pooled:  # all tokens ask; those of a block are alike
-            none = torch.zeros(marks.p_BTPr.shape[:3], device=marks.p_BTPr.device).transpose(1, 2)
-            asking, published = ask(none, BLOCK), publish(none, 16)
+        if s.pooled:  # all tokens ask
+            asking = ask(torch.zeros(marks.p_BTPr.shape[:3], device=marks.p_BTPr.device).transpose(1, 2), BLOCK)
         else:
             asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory, s.pacing)
-            published = publish(marks.publish_BPT, BLOCK if self.training else s.published)
-        found = search(marks.p_BTPr, marks.l_BTPr, asking, published, documents, state.local_blocks, state.global_blocks)
-        claims = admit(found, asking, s.far_blocks, s.target, s.pacing, s.memory,
-                       odds_floor(documents, s.floor))
+        found = search(marks.p_BTPr, marks.l_BTPr, asking, documents, state.local_blocks, state.global_blocks)
+        claims = admit(found, asking, s.far_blocks, s.target, s.pacing, s.memory, odds_floor(documents, s.floor))
         claims = Claims(torch.where(state.radius < 0, 0, claims.num_BHN), claims.block_BHNW, claims.time_BHNW)
         if offsets is not None:
             lists = append_claims(offsets, claims)
         else:
             lists = content_lists(claims, documents, state.local_blocks, state.global_blocks, window, list_shape.local_blocks,
                                   list_shape.global_blocks, window_slots, heads)
-        asked = wanted = None
-        if self.training and not s.pooled:
-            asked = found.log_odds_BHNR.sigmoid().flatten(2)
-            at = locate(marks.p_BTPr, marks.l_BTPr, found, asking, published, documents).flatten(2)
-            wanted = torch.zeros_like(asked).scatter_reduce(-1, at.clamp(min=0).long(), asked, "amax")  # -1: asked is 0
-        return Pointing(lists, claims, found.log_odds_BHNR, asked, wanted)
+        asked = found.log_odds_BHNR.sigmoid().flatten(2) if self.training and not s.pooled else None
+        return Pointing(lists, claims, found.log_odds_BHNR, asked)
 
     def losses(self, marks: Landmarks, found: Pointing, q_BTHD: Tensor, k_BTHD: Tensor, rows: Rows) -> Tensor:
-        """[3], in the order of LOSSES; their gradients reach this module's parameters alone, taps excepted.
+        """[2], in the order of LOSSES; their gradients reach this module's parameters alone, taps excepted.
 
         q_BTHD, k_BTHD: normed, pre-rotary; B must be 1. Teacher of the landmarks: softmax of the rows' logits over their past.
-        Teacher of `ask` and `publish`: what the search of all tokens found.
+        Teacher of `ask`: what the search from all tokens found.
         """
         s, (rows_S, past_ST, counts_S, logits_PST) = self.shape, rows
         teacher_PST = logits_PST.masked_fill(~past_ST, float("-inf")).softmax(-1)
@@ -177,8 +166,7 @@ class ContentPointers(nn.Module):
         log_student = student_PST.log_softmax(-1).clamp(min=-50)  # finite where the teacher is 0
         kl_PS = (torch.special.entr(teacher_PST).neg() - teacher_PST * log_student).sum(-1)
         return torch.stack([(kl_PS * counts_S).sum(-1).mean(),
-                            F.binary_cross_entropy_with_logits(marks.ask_BPT, found.asked_BPT),
-                            F.binary_cross_entropy_with_logits(marks.publish_BPT, found.wanted_BPT)])
+                            F.binary_cross_entropy_with_logits(marks.ask_BPT, found.asked_BPT)])
 
     @torch.no_grad()
     def sample(self, content_logits, documents: Documents, phase: Tensor) -> Rows:

@@ -1,14 +1,14 @@
 """The content pointers' search: which far key blocks each query block reads. Forward only, and strictly causal.
 
-A pointer head scores a query token i against a key token j with p_i . l_j. Every block of 128 tokens *publishes* its P
-tokens of highest key score; of every tile (a query block) at most R tokens *ask*. An asker finds its best far block and
-the log-odds of that block against all others it searched; a tile's tokens then *claim* blocks in token order, at most W,
-where the log-odds exceed a threshold that the tiles before have set. A claimed block is seen from its claim on.
+A pointer head scores a query token i against a key token j with p_i . l_j. Of every tile (a query block of 128 tokens) at
+most R tokens *ask*. An asker finds its best far block and the log-odds of that block against all others of its past; a
+tile's tokens then *claim* blocks in token order, at most W, where the log-odds exceed a threshold that the tiles before
+have set. A claimed block is seen from its claim on.
 
 Every step is an operator of its own: plain PyTorch on the CPU, which is the oracle, `model.selection_triton` on a GPU.
 Nothing of size [T, T] exists, and shapes depend on the arguments' shapes alone.
 
-Shape suffixes: B batch, H pointer heads, T tokens, d pointer dim, N blocks, P published, R askers, W claims of a tile.
+Shape suffixes: B batch, H pointer heads, T tokens, d pointer dim, N blocks, R askers, W claims of a tile.
 """
 
 from typing import NamedTuple
@@ -19,12 +19,11 @@ from torch.nn.functional import pad
 
 from model.attention import BLOCK, BlockLists, Documents, pack_seen
 
-COUNTS = (16, 32, 64, 128)  # of published tokens and of askers
+COUNTS = (16, 32, 64, 128)  # of a tile's askers
 POINTER_DIMS = (16, 32, 64)
 MAX_CLAIMS = 32
 MAX_LOG_ODDS = 30.0
 PLAIN_SCORES = 2**24  # scores that the plain search holds at once
-LOCATED_VALUES = 2**25  # landmark values that `locate` holds at once
 
 
 class Found(NamedTuple):
@@ -42,9 +41,9 @@ class Claims(NamedTuple):
     time_BHNW: Tensor  # int32, position in the tile of the claiming token; BLOCK in unused slots
 
 
-def _check_count(name: str, count: int) -> None:
-    if count not in COUNTS:
-        raise ValueError(f"{name} {count} is none of {', '.join(map(str, COUNTS))}")
+def _check_slots(slots: int) -> None:
+    if slots not in COUNTS:
+        raise ValueError(f"{slots} slots of askers are none of {', '.join(map(str, COUNTS))}")
 
 
 def _check_tokens(T: int) -> None:
@@ -53,31 +52,7 @@ def _check_tokens(T: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Choice of tokens
-
-
-@torch.library.custom_op("scope::publish", mutates_args=())
-def _publish(score_BHT: Tensor, count: int) -> Tensor:
-    if score_BHT.is_cuda:
-        from model.selection_triton import publish_tokens
-
-        return publish_tokens(score_BHT, count)
-    order = score_BHT.unflatten(-1, (-1, BLOCK)).sort(dim=-1, descending=True, stable=True).indices
-    return order[..., :count].sort(-1).values.int()
-
-
-@_publish.register_fake
-def _(score_BHT, count):
-    B, H, T = score_BHT.shape
-    return score_BHT.new_empty(B, H, T // BLOCK, count, dtype=torch.int32)
-
-
-def publish(score_BHT: Tensor, count: int) -> Tensor:
-    """Positions in their block, ascending, of the `count` tokens of highest score of every block (ties: the earlier), int32
-    [B, H, N, count]. Only later blocks search a block, so its choice may rest on all of its tokens."""
-    _check_count("count of published tokens", count)
-    _check_tokens(score_BHT.size(-1))
-    return _publish(score_BHT.detach(), count)
+# Choice of askers
 
 
 def _mean_before(value_BHN: Tensor, memory: int) -> Tensor:
@@ -117,7 +92,7 @@ def ask(score_BHT: Tensor, slots: int, memory: int = 8, pacing: float = 2.0) -> 
     slots. In token order, as long as slots are free: the token at position x asks, after c others, if its score exceeds the
     mean, over the `memory` tiles before, of a tile's r-th largest score, r = 3/4 slots, by pacing * (c / r - x / BLOCK): a
     tile's first tokens leave slots to its last. With a slot for every token, all ask."""
-    _check_count("slots of askers", slots)
+    _check_slots(slots)
     _check_tokens(score_BHT.size(-1))
     if slots == BLOCK:
         B, H, T = score_BHT.shape
@@ -131,39 +106,36 @@ def ask(score_BHT: Tensor, slots: int, memory: int = 8, pacing: float = 2.0) -> 
 
 
 @torch.library.custom_op("scope::search", mutates_args=())
-def _search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP: Tensor, doc_id_T: Tensor, start_block_N: Tensor,
+def _search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, doc_id_T: Tensor, start_block_N: Tensor,
             local: Tensor, globals_: Tensor) -> tuple[Tensor, Tensor]:
     if p_BTHd.is_cuda:
         from model.selection_triton import search_blocks
 
-        return search_blocks(p_BTHd, l_BTHd, ask_BHNR, publish_BHNP, doc_id_T, start_block_N, local, globals_, MAX_LOG_ODDS)
-    return search_plain(p_BTHd, l_BTHd, ask_BHNR, publish_BHNP, doc_id_T, start_block_N, local, globals_)
+        return search_blocks(p_BTHd, l_BTHd, ask_BHNR, doc_id_T, start_block_N, local, globals_, MAX_LOG_ODDS)
+    return search_plain(p_BTHd, l_BTHd, ask_BHNR, doc_id_T, start_block_N, local, globals_)
 
 
 @_search.register_fake
-def _(p_BTHd, l_BTHd, ask_BHNR, publish_BHNP, doc_id_T, start_block_N, local, globals_):
+def _(p_BTHd, l_BTHd, ask_BHNR, doc_id_T, start_block_N, local, globals_):
     return ask_BHNR.new_empty(ask_BHNR.shape), ask_BHNR.new_empty(ask_BHNR.shape, dtype=torch.float32)
 
 
-def search_plain(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP: Tensor, doc_id_T: Tensor,
+def search_plain(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, doc_id_T: Tensor,
                  start_block_N: Tensor, local: Tensor, globals_: Tensor) -> tuple[Tensor, Tensor]:
     """The oracle of the search, on any device: all scores of some tiles at once."""
     B, H, N, R = ask_BHNR.shape
-    P, device, minus_inf = publish_BHNP.size(-1), p_BTHd.device, float("-inf")
+    T, device, minus_inf = N * BLOCK, p_BTHd.device, float("-inf")
     block = torch.arange(N, device=device)
     batch, head = torch.arange(B, device=device).view(B, 1, 1, 1), torch.arange(H, device=device).view(1, H, 1, 1)
     wide = torch.promote_types(p_BTHd.dtype, torch.float32)
-    key_at = block[:, None] * BLOCK + publish_BHNP.long()
-    key, key_doc = l_BTHd[batch, key_at, head].to(wide).flatten(2, 3), doc_id_T[key_at]
+    key_BHdT = l_BTHd.to(wide).permute(0, 2, 3, 1)
     found, odds = [], []
-    tiles = max(1, PLAIN_SCORES // (B * H * R * N * P))
+    tiles = max(1, PLAIN_SCORES // (B * H * R * T))
     for n in block.split(tiles):
         asks = ask_BHNR[:, :, n] < BLOCK
         at = n[:, None] * BLOCK + ask_BHNR[:, :, n].long().clamp(max=BLOCK - 1)
-        score = p_BTHd[batch, at, head].to(wide).flatten(2, 3) @ key.mT
-        score = score.unflatten(-1, (N, P)).unflatten(2, (len(n), R))  # [B, H, n, R, N, P]
-        same_document = doc_id_T[at][..., None, None] == key_doc[:, :, None, None]
-        score = score.masked_fill(~same_document, minus_inf).amax(-1)
+        score = (p_BTHd[batch, at, head].to(wide).flatten(2, 3) @ key_BHdT).unflatten(2, (len(n), R))  # [B, H, n, R, T]
+        score = score.masked_fill(doc_id_T[at][..., None] != doc_id_T, minus_inf).unflatten(-1, (N, BLOCK)).amax(-1)
         own = n[:, None, None]
         score = score.masked_fill(block >= own, minus_inf)
         far = (block <= own - local) & (block >= start_block_N[n][:, None, None] + globals_)
@@ -177,64 +149,28 @@ def search_plain(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP:
     return torch.cat(found, 2), torch.cat(odds, 2)
 
 
-def search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP: Tensor, documents: Documents, local: Tensor,
+def search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, documents: Documents, local: Tensor,
            globals_: Tensor) -> Found:
     """Every asker's best far block and its log-odds.
 
-    For the asker i of tile n, s_ib is the maximum of p_i . l_j over the published tokens j of block b < n in the document
-    of i. Far are the blocks b <= n - local from the document's block start_block_N[n] + globals_ on (int32 scalars on the
-    device). The best is the far block of highest s_ib (ties: the lowest); its log-odds are s_i,best - log sum exp s_ib over
-    all other searched blocks, the near ones too, at most MAX_LOG_ODDS. On a GPU p and l are bfloat16.
+    For the asker i of tile n, s_ib is the maximum of p_i . l_j over the tokens j of block b < n in the document of i. Far are
+    the blocks b <= n - local from the document's block start_block_N[n] + globals_ on (int32 scalars on the device). The best
+    is the far block of highest s_ib (ties: the lowest); its log-odds are s_i,best - log sum exp s_ib over all other blocks of
+    the past, the near ones too, at most MAX_LOG_ODDS. On a GPU p and l are bfloat16.
     """
     B, T, H, d = p_BTHd.shape
     _check_tokens(T)
-    for name, idx in (("ask", ask_BHNR), ("publish", publish_BHNP)):
-        _check_count(f"{name}'s width", idx.size(-1))
-        if idx.shape[:3] != (B, H, T // BLOCK):
-            raise ValueError(f"{name} is {list(idx.shape)}: {B} sequences of {T} tokens and {H} heads ask for "
-                             f"[{B}, {H}, {T // BLOCK}, slots]")
+    _check_slots(ask_BHNR.size(-1))
+    if ask_BHNR.shape[:3] != (B, H, T // BLOCK):
+        raise ValueError(f"ask is {list(ask_BHNR.shape)}: {B} sequences of {T} tokens and {H} heads want "
+                         f"[{B}, {H}, {T // BLOCK}, slots]")
     if l_BTHd.shape != p_BTHd.shape or d not in POINTER_DIMS:
         raise ValueError(f"p {list(p_BTHd.shape)} and l {list(l_BTHd.shape)} must have one shape, its last dimension one of "
                          f"{', '.join(map(str, POINTER_DIMS))}")
     if p_BTHd.is_cuda and not p_BTHd.dtype == l_BTHd.dtype == torch.bfloat16:
         raise ValueError(f"the search takes bfloat16 on a GPU, not {p_BTHd.dtype} and {l_BTHd.dtype}")
-    return Found(*_search(p_BTHd.detach(), l_BTHd.detach(), ask_BHNR, publish_BHNP, documents.id_T, documents.start_block_N,
+    return Found(*_search(p_BTHd.detach(), l_BTHd.detach(), ask_BHNR, documents.id_T, documents.start_block_N,
                           local, globals_))
-
-
-@torch.library.custom_op("scope::locate", mutates_args=())
-def _locate(p_BTHd: Tensor, l_BTHd: Tensor, block_BHNR: Tensor, ask_BHNR: Tensor, publish_BHNP: Tensor,
-            doc_id_T: Tensor) -> Tensor:
-    if p_BTHd.is_cuda:
-        from model.selection_triton import locate_keys
-
-        return locate_keys(p_BTHd, l_BTHd, block_BHNR, ask_BHNR, publish_BHNP, doc_id_T)
-    B, H, N, R = ask_BHNR.shape
-    P, d, device = publish_BHNP.size(-1), p_BTHd.size(-1), p_BTHd.device
-    wide = torch.promote_types(p_BTHd.dtype, torch.float32)
-    batch, head = torch.arange(B, device=device).view(B, 1, 1, 1), torch.arange(H, device=device).view(1, H, 1, 1)
-    out = []
-    for n in torch.arange(N, device=device).split(max(1, LOCATED_VALUES // (B * H * R * P * d))):
-        at = n[:, None] * BLOCK + ask_BHNR[:, :, n].long().clamp(max=BLOCK - 1)
-        block = block_BHNR[:, :, n].long()
-        key = block.clamp(min=0)[..., None] * BLOCK + publish_BHNP[batch, head, block.clamp(min=0)].long()
-        score = (p_BTHd[batch, at, head].to(wide)[..., None, :] * l_BTHd[batch[..., None], key, head[..., None]]).sum(-1)
-        score = score.masked_fill(doc_id_T[key] != doc_id_T[at][..., None], float("-inf"))
-        best = key.gather(-1, score.argmax(-1, keepdim=True)).squeeze(-1)
-        out.append(torch.where(block < 0, -1, best).int())
-    return torch.cat(out, 2)
-
-
-@_locate.register_fake
-def _(p_BTHd, l_BTHd, block_BHNR, ask_BHNR, publish_BHNP, doc_id_T):
-    return torch.empty_like(block_BHNR, memory_format=torch.contiguous_format)
-
-
-def locate(p_BTHd: Tensor, l_BTHd: Tensor, found: Found, ask_BHNR: Tensor, publish_BHNP: Tensor,
-           documents: Documents) -> Tensor:
-    """Where in its best block each asker's best key stands: token positions in the sequence, int32 [B, H, N, R]; -1 where
-    nothing was found."""
-    return _locate(p_BTHd.detach(), l_BTHd.detach(), found.block_BHNR, ask_BHNR, publish_BHNP, documents.id_T)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """The kernels of `model.selection`: what its operators run on a GPU, equal to their plain PyTorch up to rounding.
 
 The search is the quadratic part, and bounded by two pipes of equal speed: the tensor cores' dot products and the maxima
-over each block's published tokens. So the maximum must cost one instruction a score and nothing else. The result of a
-tensor core leaves every thread columns 8 j + 2 c + {0, 1} of its rows, c = lane mod 4. The published tokens of four
-blocks, a group, are therefore laid out interleaved, token k of block c in row 8 (k // 2) + 2 c + k % 2: each thread then
+over each block's tokens. So the maximum must cost one instruction a score and nothing else. The result of a
+tensor core leaves every thread columns 8 j + 2 c + {0, 1} of its rows, c = lane mod 4. The tokens of four blocks,
+a group, are therefore laid out interleaved, token k of block c in row 8 (k // 2) + 2 c + k % 2: each thread then
 reduces one block within its registers, without a shuffle, and keeps the running values of every fourth block. What is done
-once a block (one exponential, the comparison with the best so far) costs little beside the maxima over its P tokens.
+once a block (one exponential, the comparison with the best so far) costs little beside the maxima over its tokens.
 
 Shape suffixes as in `model.selection`; M rows (askers) of a program, Q blocks of a group, G groups.
 """
@@ -31,7 +31,7 @@ class SearchTiling(NamedTuple):
     """How the search cuts its work."""
 
     rows: int  # askers of a program: a multiple of 128
-    columns: int  # published tokens of one dot product, a power of two of at most 128
+    columns: int  # keys of one dot product, a power of two of at most 128
     warps: int
     stages: int
     registers: int  # a thread's at most, so that several programs share a processor: one multiplies, another compares
@@ -44,7 +44,7 @@ SMALL = 1024  # fewer programs of the large tiling than this would leave process
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Choice of tokens
+# Choice of askers
 
 
 @triton.jit
@@ -53,21 +53,6 @@ def _rank(score, place):
     above = score[None, :] > score[:, None]
     tied = (score[None, :] == score[:, None]) & (place[None, :] < place[:, None])
     return tl.sum((above | tied).to(tl.int32), 1)
-
-
-@triton.jit
-def _publish_kernel(score_ptr, idx_ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    row, x = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    chosen = _rank(tl.load(score_ptr + row * BLOCK + x).to(tl.float32), x) < COUNT
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(idx_ptr + row * COUNT + place, x, mask=chosen & (place < COUNT))
-
-
-def publish_tokens(score_BHT: Tensor, count: int) -> Tensor:
-    B, H, T = score_BHT.shape
-    idx = torch.empty(B, H, T // BLOCK, count, device=score_BHT.device, dtype=torch.int32)
-    _publish_kernel[(B * H * T // BLOCK,)](score_BHT.contiguous(), idx, count, BLOCK, num_warps=4)
-    return idx
 
 
 @triton.jit
@@ -120,17 +105,17 @@ def ask_tokens(score_BHT: Tensor, slots: int, memory: int, pacing: float) -> Ten
 
 
 @triton.jit
-def _gather_kernel(l_ptr, publish_ptr, doc_ptr, out_ptr, out_doc_ptr, T, H, N, G, P: tl.constexpr, D: tl.constexpr,
-                   Q: tl.constexpr, BLOCK: tl.constexpr):
-    """The published tokens of one group of Q = 4 blocks, interleaved, and their documents; past the end, document -2."""
+def _interleave_kernel(l_ptr, doc_ptr, out_ptr, out_doc_ptr, T, H, N, G, D: tl.constexpr, Q: tl.constexpr,
+                       BLOCK: tl.constexpr):
+    """The keys of one group of Q = 4 blocks, interleaved, and their documents; past the end, document -2."""
     group, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
-    place = tl.arange(0, Q * P)
+    place = tl.arange(0, Q * BLOCK)
     token = place // (2 * Q) * 2 + place % 2
     block = group * Q + place // 2 % Q
     real = block < N
-    at = block * BLOCK + tl.load(publish_ptr + (bh.to(tl.int64) * N + block) * P + token, mask=real, other=0)
-    row = (bh.to(tl.int64) * G + group) * (Q * P) + place
+    at = block * BLOCK + token
+    row = (bh.to(tl.int64) * G + group) * (Q * BLOCK) + place
     tl.store(out_doc_ptr + row, tl.load(doc_ptr + at, mask=real, other=-2))
     d = tl.arange(0, D)
     value = tl.load(l_ptr + ((b.to(tl.int64) * T + at) * H + h)[:, None] * D + d[None, :], mask=real[:, None], other=0.0)
@@ -158,8 +143,8 @@ def _update(best, best_group, rest, s, group, better):
 
 @triton.jit
 def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, local_ptr, globals_ptr, block_ptr, odds_ptr,
-                   T, H, N, G, most, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
-                   COLUMNS: tl.constexpr, STEP: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+                   T, H, N, G, most, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr, Q: tl.constexpr,
+                   BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Best far block and its log-odds for M askers of M / R tiles. Longest programs first, the heads beside each other."""
     bh, part = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     b, h = bh // H, bh % H
@@ -183,22 +168,18 @@ def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, loca
     middle = close - open_
     unmasked = tl.where(one_document, middle, 0)
 
-    first_row = bh * G * (Q * P)
-    STEPS: tl.constexpr = Q * P // STEP
+    first_row = bh * G * (Q * BLOCK)
     best = tl.full([M, Q], NOTHING, tl.float32)  # of the far blocks
     best_group = tl.full([M, Q], -1, tl.int32)
     rest = tl.zeros([M, Q], tl.float32)  # sum over the other far blocks of exp(s - best)
     highest = best  # of the group so far
-    for i in tl.range(open_ * STEPS, (open_ + unmasked) * STEPS, num_stages=STAGES):
-        s = _maxima(q, q, l_desc, key_doc_ptr, first_row + i * STEP, False, COLUMNS, M, Q)
-        for j in tl.static_range(COLUMNS, STEP, COLUMNS):
-            s = tl.maximum(s, _maxima(q, q, l_desc, key_doc_ptr, first_row + i * STEP + j, False, COLUMNS, M, Q))
-        if STEPS == 1:
-            best, best_group, rest = _update(best, best_group, rest, s, i, s > best)
-        else:
-            highest = tl.where(i % STEPS == 0, s, tl.maximum(highest, s))
-            if i % STEPS == STEPS - 1:
-                best, best_group, rest = _update(best, best_group, rest, highest, i // STEPS, highest > best)
+    for i in tl.range(open_ * Q, (open_ + unmasked) * Q, num_stages=STAGES):  # a quarter of a group at a time
+        s = _maxima(q, q, l_desc, key_doc_ptr, first_row + i * BLOCK, False, COLUMNS, M, Q)
+        for j in tl.static_range(COLUMNS, BLOCK, COLUMNS):
+            s = tl.maximum(s, _maxima(q, q, l_desc, key_doc_ptr, first_row + i * BLOCK + j, False, COLUMNS, M, Q))
+        highest = tl.where(i % Q == 0, s, tl.maximum(highest, s))
+        if i % Q == Q - 1:
+            best, best_group, rest = _update(best, best_group, rest, highest, i // Q, highest > best)
 
     n = row // R
     at = n * BLOCK + tl.load(ask_ptr + asker, mask=n < N, other=BLOCK)
@@ -212,8 +193,8 @@ def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, loca
         group = first_group + i - middle  # before the middle, or the middle itself, or behind it
         group = tl.where(i < middle, open_ + i, tl.where(group < open_, group, group + middle))
         s = tl.full([M, Q], float("-inf"), tl.float32)
-        for j in range(0, Q * P, COLUMNS):
-            s = tl.maximum(s, _maxima(q, q_doc, l_desc, key_doc_ptr, first_row + group * (Q * P) + j, True, COLUMNS, M, Q))
+        for j in range(0, Q * BLOCK, COLUMNS):
+            s = tl.maximum(s, _maxima(q, q_doc, l_desc, key_doc_ptr, first_row + group * (Q * BLOCK) + j, True, COLUMNS, M, Q))
         block = group * Q + lane[None, :]
         past = block < n[:, None]
         far = past & (block <= n[:, None] - local) & (block >= start[:, None] + globals_)
@@ -241,55 +222,23 @@ def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, loca
     tl.store(odds_ptr + asker, tl.where(found, odds, float("-inf")), mask=n < N)
 
 
-def search_blocks(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, publish_BHNP: Tensor, doc_id_T: Tensor,
-                  start_block_N: Tensor, local: Tensor, globals_: Tensor, most: float,
-                  tiling: SearchTiling | None = None) -> tuple[Tensor, Tensor]:
+def search_blocks(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, doc_id_T: Tensor, start_block_N: Tensor,
+                  local: Tensor, globals_: Tensor, most: float, tiling: SearchTiling | None = None) -> tuple[Tensor, Tensor]:
     B, T, H, D = p_BTHd.shape
-    N, R, P = T // BLOCK, ask_BHNR.size(-1), publish_BHNP.size(-1)
+    N, R = T // BLOCK, ask_BHNR.size(-1)
     G = triton.cdiv(N, GROUP)
     if tiling is None:
         tiling = SEARCH if B * H * N * R >= SMALL * SEARCH.rows else SEARCH_SMALL
-    step = min(128, GROUP * P)
-    columns = min(tiling.columns, step)
-    keys = torch.empty(B * H * G * GROUP * P, D, device=l_BTHd.device, dtype=l_BTHd.dtype)
-    key_doc = torch.empty(B * H * G * GROUP * P, device=l_BTHd.device, dtype=torch.int32)
-    _gather_kernel[(G, B * H)](l_BTHd.contiguous(), publish_BHNP.contiguous(), doc_id_T, keys, key_doc, T, H, N, G, P, D,
-                               GROUP, BLOCK, num_warps=4)
+    keys = torch.empty(B * H * G * GROUP * BLOCK, D, device=l_BTHd.device, dtype=l_BTHd.dtype)
+    key_doc = torch.empty(B * H * G * GROUP * BLOCK, device=l_BTHd.device, dtype=torch.int32)
+    _interleave_kernel[(G, B * H)](l_BTHd.contiguous(), doc_id_T, keys, key_doc, T, H, N, G, D, GROUP, BLOCK, num_warps=4)
     block = torch.empty(B, H, N, R, device=p_BTHd.device, dtype=torch.int32)
     odds = torch.empty(B, H, N, R, device=p_BTHd.device, dtype=torch.float32)
     _search_kernel[(B * H, triton.cdiv(N * R, tiling.rows))](
-        p_BTHd.contiguous(), ask_BHNR.contiguous(), TensorDescriptor.from_tensor(keys, [columns, D]), key_doc, doc_id_T,
-        start_block_N, local, globals_, block, odds, T, H, N, G, most, R, P, D, tiling.rows, columns, step, GROUP, BLOCK,
+        p_BTHd.contiguous(), ask_BHNR.contiguous(), TensorDescriptor.from_tensor(keys, [tiling.columns, D]), key_doc, doc_id_T,
+        start_block_N, local, globals_, block, odds, T, H, N, G, most, R, D, tiling.rows, tiling.columns, GROUP, BLOCK,
         tiling.stages, num_warps=tiling.warps, maxnreg=tiling.registers)
     return block, odds
-
-
-@triton.jit
-def _locate_kernel(p_ptr, l_ptr, block_ptr, ask_ptr, publish_ptr, doc_ptr, at_ptr, T, H, N, R: tl.constexpr, P: tl.constexpr,
-                   D: tl.constexpr, BLOCK: tl.constexpr):
-    """One asker: the position of its block's best key."""
-    row = tl.program_id(0).to(tl.int64)
-    bh, n = row // (N * R), row // R % N
-    b, h = bh // H, bh % H
-    block = tl.load(block_ptr + row)
-    at = n * BLOCK + tl.minimum(tl.load(ask_ptr + row), BLOCK - 1)
-    i, d = tl.arange(0, P), tl.arange(0, D)
-    key = tl.maximum(block, 0) * BLOCK + tl.load(publish_ptr + (bh * N + tl.maximum(block, 0)) * P + i)
-    p = tl.load(p_ptr + ((b * T + at) * H + h) * D + d).to(tl.float32)
-    s = tl.sum(tl.load(l_ptr + ((b * T + key) * H + h)[:, None] * D + d[None, :]).to(tl.float32) * p[None, :], 1)
-    s = tl.where(tl.load(doc_ptr + key) == tl.load(doc_ptr + at), s, float("-inf"))
-    best = tl.min(tl.where(s == tl.max(s, 0), key, NO_BLOCK), 0)
-    tl.store(at_ptr + row, tl.where(block < 0, -1, best).to(tl.int32))
-
-
-def locate_keys(p_BTHd: Tensor, l_BTHd: Tensor, block_BHNR: Tensor, ask_BHNR: Tensor, publish_BHNP: Tensor,
-                doc_id_T: Tensor) -> Tensor:
-    B, T, H, D = p_BTHd.shape
-    at = torch.empty(block_BHNR.shape, device=p_BTHd.device, dtype=torch.int32)
-    _locate_kernel[(at.numel(),)](p_BTHd.contiguous(), l_BTHd.contiguous(), block_BHNR.contiguous(), ask_BHNR.contiguous(),
-                                  publish_BHNP.contiguous(), doc_id_T, at, T, H, at.size(2), at.size(3), publish_BHNP.size(-1),
-                                  D, BLOCK, num_warps=4)
-    return at
 
 
 # ---------------------------------------------------------------------------------------------------------------------

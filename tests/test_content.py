@@ -69,7 +69,7 @@ def test_pooled_keys_are_their_blocks_mean():
     """And the scores of the search those of q . mean(k) over the dimensions that do not rotate."""
     module, (q, k) = ContentPointers(SHAPE.__class__(heads=2, head_dim=32, dim=16, pooled=True), torch.Generator()), heads(6)
     marks = module(q, k)
-    assert [name for name, _ in module.named_parameters()] == ["taps"] and marks.ask_BPT is marks.publish_BPT is None
+    assert [name for name, _ in module.named_parameters()] == ["taps"] and marks.ask_BPT is None
     still = [*range(8, 16), *range(24, 32)]
     for i, j in ((T - 1, 5), (700, 400), (300, 127)):
         block = j // BLOCK * BLOCK
@@ -86,9 +86,8 @@ def test_losses_against_loops():
     logits = lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2])  # noqa: E731
     stream = noise((1, T, 24), 8).double()
     marks = module(q, k, stream)
-    asked, wanted = torch.rand(2, 1, 2, T, generator=torch.Generator().manual_seed(0)).double()
-    found = module.losses(marks, Pointing(None, None, None, asked, wanted), q, k,
-                          module.sample(logits, documents, phase))
+    asked = torch.rand(1, 2, T, generator=torch.Generator().manual_seed(0)).double()
+    found = module.losses(marks, Pointing(None, None, None, asked), q, k, module.sample(logits, documents, phase))
     rows = [64 * s + 17 for s in range(16)]
     kl, count = 0.0, 0
     for row in rows:
@@ -101,11 +100,9 @@ def test_losses_against_loops():
                 kl += (teacher * (teacher.log() - student)).sum().item() / 2
         count += len(past) >= LEAST_PAST
     assert 2 < count < 16
-    expected = [kl / count]
-    for x, w, y in ((q, module.w_ask, asked[0]), (k, module.w_publish, wanted[0])):
-        z = torch.stack([torch.cat([x[0, :, h], stream[0], torch.ones(T, 1)], -1) @ w[h] for h in range(2)])
-        expected.append(-(y * z.sigmoid().log() + (1 - y) * (-z).sigmoid().log()).mean().item())
-    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
+    z = torch.stack([torch.cat([q[0, :, h], stream[0], torch.ones(T, 1)], -1) @ module.w_ask[h] for h in range(2)])
+    bce = -(asked[0] * z.sigmoid().log() + (1 - asked[0]) * (-z).sigmoid().log()).mean().item()
+    torch.testing.assert_close(found, torch.tensor([kl / count, bce]).double(), rtol=1e-4, atol=1e-6)
 
 
 def test_far_mass_against_loops():
@@ -143,13 +140,13 @@ def test_far_mass_against_loops():
 def test_the_losses_reach_the_maps_alone():
     module, documents = pointers(), Documents.of(documents_of(T, 4, mean_length=10**9), DELIMITER)
     q, k = (x.requires_grad_() for x in heads(3))
-    labels = Pointing(None, None, None, torch.full((1, 2, T), 0.3).double(), torch.full((1, 2, T), 0.1).double())
+    labels = Pointing(None, None, None, torch.full((1, 2, T), 0.3).double())
     marks = module(q, k, stream := noise((1, T, 24), 8).double().requires_grad_())
     rows = module.sample(lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2]), documents, torch.tensor(0))
     losses = module.losses(marks, labels, q, k, rows)
     losses.sum().backward()
     assert q.grad is None and k.grad is None and stream.grad is None and module.taps.grad is None
-    for name in ("w_query", "w_key", "w_ask", "w_publish"):
+    for name in ("w_query", "w_key", "w_ask"):
         assert (getattr(module, name).grad != 0).all(), name
 
 
@@ -161,7 +158,7 @@ def test_the_language_model_teaches_landmarks_too():
         content = block.attn.content
         for p in (content.taps, content.w_query, content.w_key):
             assert (p.grad != 0).all()
-        assert content.w_ask.grad is None and content.w_publish.grad is None  # theirs are the losses above
+        assert content.w_ask.grad is None  # its teacher is the loss above
     assert len(out.telemetry) == 4 and all(layer.pointing.losses.requires_grad for layer in out.telemetry)
     assert out.objective.item() == pytest.approx(
         out.loss.item() + sum(layer.pointing.losses.sum().item() for layer in out.telemetry), rel=1e-5)
@@ -199,9 +196,8 @@ def test_a_planted_match_is_found():
     slot = row.index(3)
     seen = (lists.seen_BHTw[0, 0, 10 * BLOCK : 11 * BLOCK, slot // 32] >> (slot % 32)) & 1
     assert seen[30:].all() and not seen[:30].any()
-    asked, wanted = (x[0, 0] for x in (found.asked_BPT, found.wanted_BPT))
-    assert asked[10 * BLOCK + 30] == wanted[3 * BLOCK + 77] == wanted.max() > 0.9  # what teaches the gates
-    assert (asked[: 3 * BLOCK] == 0).all() and (wanted[10 * BLOCK :] == 0).all()
+    asked = found.asked_BPT[0, 0]
+    assert asked[10 * BLOCK + 30] == asked.max() > 0.9 and (asked[: 3 * BLOCK] == 0).all()  # what teaches the gate
 
 
 @pytest.mark.parametrize("change,message", [

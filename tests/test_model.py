@@ -45,7 +45,7 @@ VARIANTS = {
     "C score_mod": dict(POINTERS, SPECTRAL_IMPL="score_mod"),
     "content": CONTENT,
     "content, every head and token": dict(CONTENT, SPECTRAL_POINTER_HEADS=2, SPECTRAL_POINTER_ASKING=128,
-                                          SPECTRAL_POINTER_PUBLISHED=128, SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
+                                          SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
     "content and bias": dict(CONTENT, SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1, SPECTRAL_QK_LAYOUT="append"),
     "pooled": CONTENT | dict(SPECTRAL_POINTER_SOURCE="pooled", SPECTRAL_POINTER_HEADS=2, SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
     "dense": dict(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="dense"),

@@ -6,7 +6,6 @@ import pytest
 import torch
 from test_attention import DELIMITER, random_tokens
 
-from model import selection
 from model.attention import BLOCK, BlockLists, Documents, pointer_attention, unpack_seen
 from model.selection import (
     MAX_LOG_ODDS,
@@ -17,9 +16,7 @@ from model.selection import (
     append_claims,
     ask,
     content_lists,
-    locate,
     odds_floor,
-    publish,
     search,
     search_plain,
 )
@@ -47,7 +44,7 @@ def uniform(*shape, seed, levels=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Choice of tokens
+# Choice of askers
 
 
 def kernels():
@@ -55,19 +52,6 @@ def kernels():
     from model import selection_triton
 
     return selection_triton
-
-
-@pytest.mark.parametrize("kernel", [False, True])
-@pytest.mark.parametrize("count,levels", [(16, 0), (32, 5), (64, 2), (128, 0)])
-def test_publish_takes_the_highest(count, levels, kernel):
-    N, score = 5, uniform(2, 3, 5 * BLOCK, seed=count, levels=levels).to(DEVICE)
-    idx = (kernels().publish_tokens if kernel else publish)(score, count).cpu()
-    assert idx.shape == (2, 3, N, count) and idx.dtype == torch.int32
-    for b in range(2):
-        for h in range(3):
-            for n in range(N):
-                block = score[b, h, n * BLOCK : (n + 1) * BLOCK].tolist()
-                assert idx[b, h, n].tolist() == sorted(sorted(range(BLOCK), key=lambda j: (-block[j], j))[:count])
 
 
 def asking(block, before, slots, pacing):
@@ -100,19 +84,17 @@ def test_ask_takes_the_first_above_the_recent_tiles(slots, memory, kernel):
 # Search
 
 
-def search_inputs(N, H, R, P, d, seed, document_length, integers=False):
+def search_inputs(N, H, R, d, seed, document_length, integers=False):
     """Random ones whose scores matter: exp does not see all blocks alike. Integers: exact, with many equal scores."""
     generator = torch.Generator().manual_seed(seed)
     p, l = torch.randn(2, 1, N * BLOCK, H, d, generator=generator)  # noqa: E741
     if integers:
         p, l = p.round().clamp(-1, 1), l.round().clamp(-1, 1)  # noqa: E741
-    score = uniform(1, H, N * BLOCK, seed=seed)
-    asks = ask(score, R, 2)
-    return [p, l, asks, publish(uniform(1, H, N * BLOCK, seed=seed + 1), P),
+    return [p, l, ask(uniform(1, H, N * BLOCK, seed=seed), R, 2),
             *Documents.of(random_tokens(N * BLOCK, seed, document_length), DELIMITER)]
 
 
-def loop_search(p, l, asks, published, doc, start, local, globals_):  # noqa: E741
+def loop_search(p, l, asks, doc, start, local, globals_):  # noqa: E741
     _, H, N, R = asks.shape
     p, l = p[0].double(), l[0].double()  # noqa: E741
     block, odds = torch.full_like(asks, -1), torch.full(asks.shape, -math.inf)
@@ -124,7 +106,7 @@ def loop_search(p, l, asks, published, doc, start, local, globals_):  # noqa: E7
                     continue
                 scores = {}
                 for b in range(n):
-                    tokens = [j for j in (b * BLOCK + published[0, h, b].long()).tolist() if doc[j] == doc[i]]
+                    tokens = [j for j in range(b * BLOCK, (b + 1) * BLOCK) if doc[j] == doc[i]]
                     if tokens:
                         scores[b] = (l[tokens, h] @ p[i, h]).max().item()
                 far = [b for b in scores if start[n] + globals_ <= b <= n - local]
@@ -136,13 +118,13 @@ def loop_search(p, l, asks, published, doc, start, local, globals_):  # noqa: E7
     return block, odds
 
 
-CASES = {  # N, heads, R, P, d, mean document, local, globals: heads and tiles that do not fill a program
-    "plain": (9, 1, 16, 16, 16, 10**6, 2, 1),
-    "documents inside blocks": (7, 2, 16, 32, 16, 300, 1, 1),
-    "short documents": (6, 1, 32, 16, 16, 90, 1, 0),
-    "wide": (12, 3, 16, 16, 32, 900, 4, 2),
-    "all ask, all publish": (5, 1, 128, 128, 16, 400, 1, 0),
-    "nothing far": (4, 1, 16, 16, 16, 500, 9, 0),
+CASES = {  # N, heads, R, d, mean document, local, globals: heads and tiles that do not fill a program
+    "plain": (9, 1, 16, 16, 10**6, 2, 1),
+    "documents inside blocks": (7, 2, 16, 16, 300, 1, 1),
+    "short documents": (6, 1, 32, 16, 90, 1, 0),
+    "wide": (12, 3, 16, 32, 900, 4, 2),
+    "all ask": (5, 1, 128, 16, 400, 1, 0),
+    "nothing far": (4, 1, 16, 16, 500, 9, 0),
 }
 
 
@@ -150,9 +132,9 @@ CASES = {  # N, heads, R, P, d, mean document, local, globals: heads and tiles t
 @pytest.mark.parametrize("integers", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_search_against_double_loops(name, integers):
-    N, H, R, P, d, length, local, globals_ = CASES[name]
-    inputs = search_inputs(N, H, R, P, d, seed=N + R, document_length=length, integers=integers)
-    found = search(inputs[0].double(), inputs[1].double(), *inputs[2:4], Documents(*inputs[4:]), scalar(local),
+    N, H, R, d, length, local, globals_ = CASES[name]
+    inputs = search_inputs(N, H, R, d, seed=N + R, document_length=length, integers=integers)
+    found = search(inputs[0].double(), inputs[1].double(), inputs[2], Documents(*inputs[3:]), scalar(local),
                    scalar(globals_))
     block, odds = loop_search(*inputs, local, globals_)
     assert torch.equal(found.block_BHNR, block) and found.log_odds_BHNR.dtype == torch.float32
@@ -161,24 +143,24 @@ def test_search_against_double_loops(name, integers):
     assert (block >= 0).any() == (name != "nothing far")
 
 
-KERNEL_CASES = [  # N, heads, R, P, d, mean document, local, globals, rows, columns
-    (7, 2, 32, 32, 32, 10**6, 1, 0, 128, 64),  # four tiles a program, N no multiple of it
-    (12, 1, 16, 16, 16, 10**6, 2, 1, 128, 64),
-    (9, 1, 128, 128, 16, 10**6, 3, 1, 256, 64),  # several turns a group
-    (13, 3, 32, 32, 16, 700, 1, 1, 128, 128),
-    (11, 1, 32, 64, 64, 300, 2, 2, 256, 32),
-    (14, 1, 128, 16, 32, 900, 4, 0, 256, 64),
-    (5, 1, 16, 128, 16, 60, 1, 0, 128, 64),
-    (21, 1, 16, 64, 16, 10**6, 4, 1, 128, 128),
-    (1, 1, 16, 16, 16, 300, 1, 0, 128, 64),
+KERNEL_CASES = [  # N, heads, R, d, mean document, local, globals, rows, columns
+    (7, 2, 32, 32, 10**6, 1, 0, 128, 64),  # four tiles a program, N no multiple of it
+    (12, 1, 16, 16, 10**6, 2, 1, 128, 64),
+    (9, 1, 128, 16, 10**6, 3, 1, 256, 64),
+    (13, 3, 32, 16, 700, 1, 1, 128, 128),
+    (11, 1, 32, 64, 300, 2, 2, 256, 32),
+    (14, 1, 128, 32, 900, 4, 0, 256, 64),
+    (5, 1, 16, 16, 60, 1, 0, 128, 64),
+    (21, 1, 16, 16, 10**6, 4, 1, 128, 128),
+    (1, 1, 16, 16, 300, 1, 0, 128, 64),
 ]
 
 
 @pytest.mark.parametrize("integers", [False, True])
 @pytest.mark.parametrize("case", KERNEL_CASES)
 def test_search_kernel_equals_the_plain_one(case, integers):
-    N, H, R, P, d, length, local, globals_, rows, columns = case
-    p, l, *rest = search_inputs(N, H, R, P, d, sum(case[:5]), length, integers)  # noqa: E741
+    N, H, R, d, length, local, globals_, rows, columns = case
+    p, l, *rest = search_inputs(N, H, R, d, sum(case[:4]), length, integers)  # noqa: E741
     inputs = [p.to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), *(x.to(DEVICE) for x in rest), scalar(local), scalar(globals_)]
     search_blocks, tiling = kernels().search_blocks, kernels().SearchTiling(rows, columns, 8, 2, 128)
     block, odds = on_cpu(search_blocks(*inputs, MAX_LOG_ODDS, tiling))
@@ -194,9 +176,9 @@ def test_search_kernel_equals_the_plain_one(case, integers):
                          [(16, 16, 4 * BLOCK + 60, 1, 0), (8, 128, 0, 0, 0), (16, 32, 8 * BLOCK, 0, 3)])
 def test_search_kernel_where_its_masks_end(N, R, opens, local, globals_):
     """The last block that needs a mask is the first of a group: the rest of the group does not."""
-    p, l, asks, published, *_ = search_inputs(N, 1, R, 16, 16, 7, 10**6)  # noqa: E741
+    p, l, asks, *_ = search_inputs(N, 1, R, 16, 7, 10**6)  # noqa: E741
     documents = Documents.of(torch.where(torch.arange(N * BLOCK) == opens, DELIMITER, 0), DELIMITER)
-    inputs = [p.to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), *(x.to(DEVICE) for x in (asks, published, *documents)),
+    inputs = [p.to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), *(x.to(DEVICE) for x in (asks, *documents)),
               scalar(local), scalar(globals_)]
     kernel = on_cpu(kernels().search_blocks(*inputs, MAX_LOG_ODDS, kernels().SEARCH_SMALL))
     plain = on_cpu(search_plain(*inputs))
@@ -206,14 +188,14 @@ def test_search_kernel_where_its_masks_end(N, R, opens, local, globals_):
 def test_search_kernel_rounds_alike_whatever_comes_later():
     """Tiles share a program: a document that opens in a later one must not change a digit of what an earlier one finds."""
     N, R = 48, 16
-    p, l, asks, published, *documents = (x.to(DEVICE) for x in search_inputs(N, 1, R, 16, 16, 7, 10**6))  # noqa: E741
+    p, l, asks, *documents = (x.to(DEVICE) for x in search_inputs(N, 1, R, 16, 7, 10**6))  # noqa: E741
     doc = documents[0]
     t = 45 * BLOCK + 50
     later = torch.arange(N * BLOCK, device=DEVICE) >= t
     tokens = torch.where(later & (torch.arange(N * BLOCK, device=DEVICE) % 100 == 0), DELIMITER, 0)
 
     def found(p, l, documents):  # noqa: E741
-        return kernels().search_blocks(p.to(DTYPE), l.to(DTYPE), asks, published, *documents, scalar(2), scalar(1),
+        return kernels().search_blocks(p.to(DTYPE), l.to(DTYPE), asks, *documents, scalar(2), scalar(1),
                                        MAX_LOG_ODDS, kernels().SEARCH_SMALL)
 
     p = p / 4  # many blocks of like weight, whose sum has digits to lose
@@ -229,7 +211,7 @@ def test_search_kernel_rounds_alike_whatever_comes_later():
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 40.0, 1e4])
 def test_search_kernel_takes_any_scale(scale):
     """Scores of 10^9 overflow no exponential, and near blocks far above the best one cost no digits."""
-    p, l, *rest = search_inputs(9, 1, 16, 16, 16, 3, 10**6)  # noqa: E741
+    p, l, *rest = search_inputs(9, 1, 16, 16, 3, 10**6)  # noqa: E741
     inputs = [(scale * p).to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), *(x.to(DEVICE) for x in rest), scalar(2), scalar(1)]
     block, odds = on_cpu(kernels().search_blocks(*inputs, MAX_LOG_ODDS))
     plain_block, plain_odds = on_cpu(search_plain(*inputs))
@@ -360,65 +342,35 @@ def test_lists_against_a_loop(case, kernel):
 
 
 @pytest.mark.skipif(not CUDA, reason="an hour on the CPU")
-@pytest.mark.parametrize("R,P", [(32, 32), (128, 128)])
-def test_a_million_tokens_are_searched_like_a_few(R, P):
+@pytest.mark.parametrize("R", [16, 128])
+def test_a_million_tokens_are_searched_like_a_few(R):
     """Some tiles of them, early, late and the last, each against all scores of its own."""
     N, H, d = 8192, 2, 32
     generator = torch.Generator(DEVICE).manual_seed(R)
     p, l = (torch.randn(1, N * BLOCK, H, d, device=DEVICE, generator=generator).to(DTYPE) for _ in range(2))  # noqa: E741
     score = torch.rand(1, H, N * BLOCK, device=DEVICE, generator=generator)
-    asks, published = ask(score, R), publish(score.flip(-1), P)
+    asks = ask(score, R)
     documents = Documents.of(torch.ones(N * BLOCK, device=DEVICE, dtype=torch.int32), DELIMITER)
-    found = search(p, l, asks, published, documents, scalar(4), scalar(1))
-    key_at = torch.arange(N, device=DEVICE)[:, None] * BLOCK + published[0].long()  # [H, N, P]
+    found = search(p, l, asks, documents, scalar(4), scalar(1))
     for n in (5, 1000, 4097, 8190, 8191):
         for h in range(H):
             at = asks[0, h, n][asks[0, h, n] < BLOCK]
-            s = p[0, n * BLOCK + at.long(), h].float() @ l[0, key_at[h, :n].flatten(), h].float().T
-            s = s.unflatten(1, (n, P)).amax(-1)
+            s = p[0, n * BLOCK + at.long(), h].float() @ l[0, : n * BLOCK, h].float().T
+            s = s.unflatten(1, (n, BLOCK)).amax(-1)
             best = s[:, 1 : n - 3].max(-1)
             odds = best.values - s.scatter(1, best.indices[:, None] + 1, -math.inf).logsumexp(-1)
             assert (found.block_BHNR[0, h, n, : len(at)] == best.indices + 1).float().mean() > 0.98  # near ties round apart
             torch.testing.assert_close(found.log_odds_BHNR[0, h, n, : len(at)], odds, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("kernel", [False, True])
-@pytest.mark.parametrize("R,P,length", [(16, 32, 10**6), (128, 128, 400), (32, 16, 200)])
-def test_locating_the_best_key_against_loops(R, P, length, kernel, monkeypatch):
-    monkeypatch.setattr(selection, "LOCATED_VALUES", 2 * R * P * 16)  # tile by tile
-    N = 3 if R == 128 else 6
-    p, l, asks, published, *_ = search_inputs(N, 2, R, P, 16, R, length)  # noqa: E741
-    documents = documents_of(N, R, length)
-    inputs = [p.to(DEVICE, DTYPE), l.to(DEVICE, DTYPE), asks.to(DEVICE), published.to(DEVICE)]
-    found = search(*inputs, documents, scalar(1), scalar(0))
-    if kernel:
-        at = kernels().locate_keys(*inputs[:2], found.block_BHNR, *inputs[2:], documents.id_T).cpu()
-    else:
-        at = locate(*inputs[:2], found, *inputs[2:], documents).cpu()
-    p, l, block, doc = *on_cpu(inputs[:2]), found.block_BHNR.cpu(), documents.id_T.tolist()  # noqa: E741
-    checked = 0
-    for h in range(2):
-        for n in range(N):
-            for slot in range(R):
-                if block[0, h, n, slot] < 0:
-                    assert at[0, h, n, slot] == -1
-                    continue
-                i, b = n * BLOCK + int(asks[0, h, n, slot]), int(block[0, h, n, slot])
-                keys = [b * BLOCK + int(x) for x in published[0, h, b] if doc[b * BLOCK + int(x)] == doc[i]]
-                scores = {j: float(p[0, i, h].float() @ l[0, j, h].float()) for j in keys}
-                assert scores[int(at[0, h, n, slot])] == pytest.approx(max(scores.values()), abs=1e-3)
-                checked += 1
-    assert checked > 20
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The chain
 
 
-def select(p, l, asking_score, key_score, documents, counts=(16, 32), heads=3):  # noqa: E741
+def select(p, l, score, documents, heads=3):  # noqa: E741
     local, globals_ = scalar(2), scalar(1)
-    asks = ask(asking_score, counts[0], 2)
-    found = search(p, l, asks, publish(key_score, counts[1]), documents, local, globals_)
+    asks = ask(score, 16, 2)
+    found = search(p, l, asks, documents, local, globals_)
     claims = admit(found, asks, 4, 3, memory=2, floor_N=odds_floor(documents, -1.0))
     return claims, content_lists(claims, documents, local, globals_, scalar(3), 2, 1, 3, heads)
 
@@ -426,8 +378,7 @@ def select(p, l, asking_score, key_score, documents, counts=(16, 32), heads=3): 
 def chain_inputs(N, H, seed, length=700):
     generator = torch.Generator().manual_seed(seed)
     p, l = torch.randn(2, 1, N * BLOCK, H, 16, generator=generator).to(DEVICE, DTYPE)  # noqa: E741
-    scores = (uniform(1, H, N * BLOCK, seed=seed + k).to(DEVICE) for k in range(2))
-    return [p, l, *scores], random_tokens(N * BLOCK, seed, length)
+    return [p, l, uniform(1, H, N * BLOCK, seed=seed).to(DEVICE)], random_tokens(N * BLOCK, seed, length)
 
 
 def test_nothing_before_a_changed_token_moves():
@@ -454,7 +405,7 @@ def test_nothing_before_a_changed_token_moves():
         later = torch.arange(N * BLOCK) >= t
         on = later.to(DEVICE)
         mixed = [torch.where(on[:, None, None], b, a) for a, b in zip(inputs[:2], other[:2], strict=True)]
-        mixed += [torch.where(on, b, a) for a, b in zip(inputs[2:], other[2:], strict=True)]
+        mixed.append(torch.where(on, other[2], inputs[2]))
         after, new_out, _ = readable(mixed, torch.where(later, other_tokens, tokens), torch.where(on[:, None], -k, k))
         assert torch.equal(before[:, :, :t], after[:, :, :t]) and torch.equal(out[:, :, :t], new_out[:, :, :t])
         assert not torch.equal(before[:, :, t:], after[:, :, t:])
@@ -471,21 +422,19 @@ def test_the_chain_compiles_whole():
 
 
 def test_no_gradient_asks_for_one():
-    (p, l, *scores), tokens = chain_inputs(3, 1, 2)  # noqa: E741
-    _, lists = select(p.requires_grad_(), l, *scores, Documents.of(tokens.to(DEVICE), DELIMITER))
+    (p, l, score), tokens = chain_inputs(3, 1, 2)  # noqa: E741
+    _, lists = select(p.requires_grad_(), l, score, Documents.of(tokens.to(DEVICE), DELIMITER))
     assert not any(x.requires_grad for x in lists[:3])
 
 
 @pytest.mark.skipif(CUDA, reason="the operators' contract is checked on the CPU")
 def test_operators_keep_the_compilers_contract():
-    (p, l, asking_score, key_score), tokens = chain_inputs(5, 2, 3)  # noqa: E741
+    (p, l, score), tokens = chain_inputs(5, 2, 3)  # noqa: E741
     documents, ops = Documents.of(tokens, DELIMITER), torch.ops.scope
-    asks, published, local, globals_ = ask(asking_score, 16), publish(key_score, 32), scalar(1), scalar(1)
-    found = search(p, l, asks, published, documents, local, globals_)
+    asks, local, globals_ = ask(score, 16), scalar(1), scalar(1)
+    found = search(p, l, asks, documents, local, globals_)
     claims = admit(found, asks, 4, 3)
-    calls = [(ops.publish, (key_score, 32)), (ops.ask, (asking_score, 16, 8, 2.0)),
-             (ops.search, (p, l, asks, published, *documents, local, globals_)),
-             (ops.locate, (p, l, found.block_BHNR, asks, published, documents.id_T)),
+    calls = [(ops.ask, (score, 16, 8, 2.0)), (ops.search, (p, l, asks, *documents, local, globals_)),
              (ops.admit, (*found, asks, odds_floor(documents, 0.0), 4, 3, 2.0, 8)),
              (ops.content_lists, (*claims, documents.start_block_N, local, globals_, local, 2, 1, 2, 3))]
     for operator, arguments in calls:
@@ -493,17 +442,16 @@ def test_operators_keep_the_compilers_contract():
 
 
 def test_refusals():
-    (p, l, score, _), tokens = chain_inputs(2, 1, 4)  # noqa: E741
+    (p, l, score), tokens = chain_inputs(2, 1, 4)  # noqa: E741
     documents, one = Documents.of(tokens.to(DEVICE), DELIMITER), scalar(1)
-    asks, published = ask(score, 16), publish(score, 16)
-    found = search(p, l, asks, published, documents, one, one)
+    asks = ask(score, 16)
+    found = search(p, l, asks, documents, one, one)
     for wrong, message in [
-            (lambda: publish(score, 24), "count of published tokens 24 is none of 16, 32, 64, 128"),
-            (lambda: ask(score, 8), "slots of askers 8 is none of"),
-            (lambda: publish(score[..., :-1], 16), "255 tokens are not a multiple of the block of 128"),
-            (lambda: search(p[..., :8], l[..., :8], asks, published, documents, one, one), "last dimension one of 16, 32, 64"),
-            (lambda: search(p, l[:, :BLOCK], asks, published, documents, one, one), "must have one shape"),
-            (lambda: search(p, l, asks[:, :, :1], published, documents, one, one), r"ask is \[1, 1, 1, 16\]"),
+            (lambda: ask(score, 8), "8 slots of askers are none of 16, 32, 64, 128"),
+            (lambda: ask(score[..., :-1], 16), "255 tokens are not a multiple of the block of 128"),
+            (lambda: search(p[..., :8], l[..., :8], asks, documents, one, one), "last dimension one of 16, 32, 64"),
+            (lambda: search(p, l[:, :BLOCK], asks, documents, one, one), "must have one shape"),
+            (lambda: search(p, l, asks[:, :, :1], documents, one, one), r"ask is \[1, 1, 1, 16\]"),
             (lambda: admit(found, asks, 12, 9), "12 slots for claims are no power of two of at most 32"),
             (lambda: admit(found, asks, 64, 9), "64 slots"),
             (lambda: admit(found, asks, 16, 0), "rank 0"),
