@@ -14,6 +14,7 @@ processes, signals, run directory, checkpoint files. SPEC.md is the design.
 Shape suffixes: B batch (always 1), T tokens, H heads, D head dim, C model dim, V vocabulary, N blocks of 128 tokens.
 """
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -45,7 +46,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import shards
-from data.retrieval import Mixer, count_tokens
+from data.retrieval import Mixer, MixerProcess, count_tokens
 from eval.needle import Haystack, check_needle_shape, draw_needles, evaluate_needles
 from lifecycle import (
     PROGRESS,
@@ -1079,17 +1080,24 @@ def local_sequences(batch: np.ndarray, seq_len: int, device: torch.device, mix=N
 
 
 class MixedAhead:
-    """The mixer, a step ahead: a thread mixes the next step's sequences of this process while the GPU works on this one's."""
+    """The mixer, a step ahead: a process of its own mixes the next step's sequences while the GPU works on this one's."""
 
     def __init__(self, mixer: Mixer, loader: TokenLoader, seq_len: int):
         self.mixer, self.loader, self.seq_len = mixer, loader, seq_len
-        self.thread, self.step, self.sequences = ThreadPoolExecutor(1, "mix"), None, {}
-        sys.setswitchinterval(5e-4)  # the thread must not keep the one that launches kernels waiting for 5 ms
+        self.process, self.thread = MixerProcess(mixer), ThreadPoolExecutor(1, "mix")  # the thread waits for the process
+        self.step, self.sequences = None, {}
 
     def of_step(self, step: int):
-        """For local_sequences: mix(tokens, index)."""
+        """For local_sequences: mix(tokens, index), which raises Stop where the process has ended."""
         made = self.sequences if self.step == step else {}
-        return lambda tokens, index: made[index].result() if index in made else self.mixer.mix(step, tokens, index)
+
+        def mix(tokens, index):
+            try:
+                return made[index].result() if index in made else self.mixer.mix(step, tokens, index)
+            except RuntimeError as error:
+                raise Stop(f"step {step}: {error}; the last checkpoint is intact") from None
+
+        return mix
 
     def prepare(self, step: int) -> None:
         """Start on a step; the loader stands before its batch. Where there is none, next_batch will say so in its turn."""
@@ -1102,7 +1110,11 @@ class MixedAhead:
         self.step = step
         for i in range(rank, (len(batch) - 1) // self.seq_len, world_size):
             tokens = batch[i * self.seq_len : (i + 1) * self.seq_len + 1]
-            self.sequences[i] = self.thread.submit(self.mixer.mix, step, tokens, i)
+            self.sequences[i] = self.thread.submit(self.process.mix, step, tokens, i)
+
+    def close(self) -> None:
+        self.thread.shutdown(cancel_futures=True)
+        self.process.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1505,7 +1517,7 @@ def log_environment(run: RunDirectory, config: Config, device: torch.device) -> 
         run.log(json.dumps(scope_bins()))
 
 
-def train(trainer: Trainer) -> None:
+def train(trainer: Trainer, ahead: MixedAhead | None) -> None:
     """The loop: validate, train, log, save. It ends early, behind a checkpoint, when a signal asks for it."""
     config, run, device = trainer.config, trainer.run, trainer.device
     world_size = world()[1]
@@ -1528,7 +1540,6 @@ def train(trainer: Trainer) -> None:
             run.log(f"step {trainer.step}/{trainer.total_steps} val_loss {value:.4f} train_time {train_seconds:.1f} s")
 
     trainer.compare_ranks()
-    ahead = trainer.mixer and MixedAhead(trainer.mixer, trainer.train_loader, config.train_seq_len)
     while trainer.step < config.num_iterations:
         if config.val_loss_every and trainer.step % config.val_loss_every == 0:
             validate()
@@ -1784,8 +1795,9 @@ def execute(config: Config, device: torch.device, run: RunDirectory, start: Star
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    with SIGNALS.deferred():
-        train(trainer)
+    ahead = trainer.mixer and MixedAhead(trainer.mixer, trainer.train_loader, config.train_seq_len)
+    with SIGNALS.deferred(), contextlib.closing(ahead) if ahead else contextlib.nullcontext():
+        train(trainer, ahead)
     needle = None
     if config.needle_eval:
         needle = trainer.needle_eval(haystack)

@@ -1,44 +1,51 @@
 """Synthetic retrieval: statements `key -> value` and questions, in token ids alone, and the mixer that writes them over
 training text.
 
-    statement   before KEY between VALUE         link   before KEY between OTHER_KEY
-    question    before KEY between               and the answer VALUE follows
+    statement   before KEY between VALUE after        link   before KEY between OTHER_KEY after
+    question    before KEY between                    and the answer follows: VALUE after
 
-Training and evaluation speak this one grammar with nothing in common but its form. A fixed hash of the token id, whatever
-the text, puts every token into one of four classes: keys and values of training, keys and values of evaluation. The tokens of
-templates come from the same classes, so templates are disjoint too. Half of training's values are words of the text instead,
-of any class, or a model learns that answers are of training's class; each has a token that no value of evaluation has.
+Training and evaluation speak this one grammar, and no key, value or template of the one is ever one of the other. A fixed
+hash of the token id, whatever the text, puts every token into one of four classes. Keys of evaluation are made of one of
+them, its values of another, the words of its templates of the commonest tokens of the two. What training writes is of any
+class, the keys of each sequence of a quarter of the tokens that is drawn for it, its values of another quarter or words of
+the text: or a model learns which tokens are asked for, and looks for no others. But each key, value and template of training
+has a token that no key, value or template of evaluation has.
 
 Of a key stated more than once, the value is that of its latest statement. The answer to a question about the key of a link
-spells the way out: OTHER_KEY between its VALUE, wherever that key is stated, and so on over more links.
+spells the way out: OTHER_KEY between its VALUE after, wherever that key is stated, and so on over more links. As statements
+end with a word of their own, where an answer ends need not be guessed.
 
 The mixer writes passages too: tokens of a document's own text, any of the vocabulary, that stand in it a second time further
 on. Statements alone would teach that answers are of the training values' ids; passages teach to copy whatever there is.
 """
 
+import contextlib
 import hashlib
 import itertools
 import math
+import os
+import pickle
 import random
+import subprocess
+import sys
 from bisect import bisect_right
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 MIN_IDS = 8  # keys and values each need this many tokens to choose from
-CLASSES = {"train": (0, 1), "eval": (2, 3)}  # keys, values
-# (before, between) tokens of a template: every task of training draws new words, evaluation has one template of each.
-TEMPLATE_SHAPES = {
-    "train": ((1, 0), (0, 1), (1, 1), (0, 2), (2, 1), (1, 2), (3, 1), (2, 3)),
-    "eval": ((1, 1), (2, 0), (2, 2), (0, 3)),
-}
-LINK_SHAPES = tuple(shape for shape in TEMPLATE_SHAPES["train"] if min(shape) > 0)
+KEY_CLASS, VALUE_CLASS = 2, 3  # of evaluation, and so are the words of its templates
+# (before, between, after) tokens of a template: every task of training draws new words, evaluation has one template of each.
+TRAINED_SHAPES = ((1, 0, 1), (0, 1, 1), (1, 1, 1), (0, 2, 1), (2, 1, 1), (1, 2, 1), (3, 1, 2), (2, 3, 2))
+EVALUATED_SHAPES = ((1, 1, 1), (2, 0, 1), (2, 2, 1), (0, 3, 2))
+LINK_SHAPES = tuple(shape for shape in TRAINED_SHAPES if min(shape) > 0)
 COUNT_CHUNK = 1 << 22  # tokens; bincount widens its input to int64, so this bounds memory to 32 MiB
-KEY_LENGTHS, VALUE_LENGTHS, PASSAGE_LENGTHS = (2, 5), (2, 8), (8, 64)  # tokens, both ends included
+KEY_LENGTHS, VALUE_LENGTHS, PASSAGE_LENGTHS = (2, 5), (2, 12), (8, 64)  # tokens, both ends included
 MIN_DISTANCE = 32  # tokens between the starts of any two pieces of a task (more than any but the last has), and between copies
 LOOKALIKES = 0.2  # share of the keys that differ in their last token alone from another key of the document
-SHORTEST = 1 + KEY_LENGTHS[0] + VALUE_LENGTHS[0]  # tokens of a piece
+SHORTEST = 2 + KEY_LENGTHS[0] + VALUE_LENGTHS[0]  # tokens of a piece
 PLACE_TRIES = 16  # places that are tried for one piece
 KEY_TRIES = 16  # draws of a key that is in the sequence nowhere yet
 MAX_FAILURES = 1024  # tasks in a row that found no place: the sequence takes no more
@@ -103,22 +110,26 @@ def _by_frequency(counts_V, delimiter, token_class):
     return ranked[:first], ranked[first:last]
 
 
-def word_pools(counts_V, delimiter, part):
-    """(key_ids, value_ids), int64, for `part` "train" or "eval", from the token counts [vocabulary] of the text at hand.
+def word_pools(counts_V, delimiter):
+    """(key_ids, value_ids) of evaluation, int64, from the token counts [vocabulary] of the text at hand: the tokens of middle
+    frequency in its two classes. ValueError when either has fewer than 8 ids."""
+    return tuple(_by_frequency(counts_V, delimiter, c)[1] for c in (KEY_CLASS, VALUE_CLASS))
 
-    The tokens of middle frequency in the part's two classes: keys and values of both parts are disjoint, even when they are
-    given the counts of different texts. ValueError when either has fewer than 8 ids.
-    """
-    keys, values = (_by_frequency(counts_V, delimiter, c)[1] for c in CLASSES[part])
-    return keys, values
+
+def trained_words(counts_V, delimiter):
+    """(middle, common), int64, of all classes: what training's keys and values are made of, and its templates. ValueError as
+    for word_pools."""
+    classes = [_by_frequency(counts_V, delimiter, c) for c in range(4)]
+    return np.concatenate([middle for _, middle in classes]), np.concatenate([common for common, _ in classes])
 
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """The words around a key, int64 arrays of 0 to 3 token ids; not both are empty."""
+    """The words around a key and behind its value, int64 arrays of 0 to 3 token ids; only one of the first two may be empty."""
 
     before: np.ndarray
     between: np.ndarray
+    after: np.ndarray
 
     @property
     def links(self):
@@ -128,7 +139,7 @@ class Template:
 
     def statement(self, key, value):
         """The tokens that say that `key` has this value; the value of a link is another key."""
-        return np.concatenate([self.before, key, self.between, value])
+        return np.concatenate([self.before, key, self.between, value, self.after])
 
     def question(self, key):
         """The tokens that ask for the value of `key`; the answer follows."""
@@ -139,26 +150,26 @@ class Template:
         return np.concatenate([part for key in keys for part in (key, self.between)] or [self.before[:0]])
 
 
-def template_ids(counts_V, delimiter, part):
-    """int64, the tokens of which templates of `part` are made: in its classes, too common to be keys or values.
+def template_ids(counts_V, delimiter):
+    """int64, the tokens of which the templates of evaluation are made: in its classes, too common to be keys or values.
 
     ValueError as for word_pools.
     """
-    return np.concatenate([_by_frequency(counts_V, delimiter, c)[0] for c in CLASSES[part]])
+    return np.concatenate([_by_frequency(counts_V, delimiter, c)[0] for c in (KEY_CLASS, VALUE_CLASS)])
 
 
-def draw_template(generator, ids, shape):
-    """A template of different tokens of `ids`; `shape`: how many before and between. For `generator` see draw_key."""
-    words = _draw(generator, ids, sum(shape))
-    return Template(words[: shape[0]], words[shape[0] :])
+def cut_template(words, shape):
+    """The template of these tokens; `shape`: how many before, between and after."""
+    before, between, _ = shape
+    return Template(words[:before], words[before : before + between], words[before + between :])
 
 
 def templates(counts_V, delimiter):
     """The templates of evaluation, a function of the ranks of its common tokens alone. ValueError as for word_pools."""
-    ids = template_ids(counts_V, delimiter, "eval")
+    ids = template_ids(counts_V, delimiter)
     digest = hashlib.sha256(b"templates eval").digest()
     generator = np.random.RandomState(np.frombuffer(digest, dtype="<u4"))  # its stream is the same in every NumPy release
-    return [draw_template(generator, ids, shape) for shape in TEMPLATE_SHAPES["eval"]]
+    return [cut_template(_draw(generator, ids, sum(shape)), shape) for shape in EVALUATED_SHAPES]
 
 
 def _draw(generator, ids, length):
@@ -205,17 +216,15 @@ class Mixer:
 
     def __init__(self, share, seed, counts_V, delimiter):
         self.share, self.seed, self.delimiter = share, seed, delimiter
-        self.template_ids = template_ids(counts_V, delimiter, "train").tolist()
-        keys, values = word_pools(counts_V, delimiter, "train")
-        self.key_ids, self.value_ids = keys.tolist(), values.tolist()  # lists: faster to draw from
-        self.is_key_V = np.zeros(1 << 16, dtype=bool)
-        self.is_key_V[keys] = True
+        self.middle_ids, common_ids = trained_words(counts_V, delimiter)
+        self.middle_class = token_classes(self.middle_ids) << 32
+        self.common_ids = common_ids.tolist()  # a list: faster to draw from
+        self.class_V = token_classes(np.arange(1 << 16)).astype(np.uint8).tobytes()
 
     def policy(self) -> str:
         return (
             f"retrieval mix: {self.share:.1%} of the training tokens, {PASSAGES:.0%} of them in copied passages; "
-            f"{len(self.key_ids)} key tokens, {len(self.value_ids)} value tokens beside the text's, {len(self.template_ids)} "
-            "of templates; "
+            f"{len(self.middle_ids)} tokens for keys and values beside the text's, {len(self.common_ids)} for templates; "
             "validation text is left as it is"
         )
 
@@ -232,11 +241,53 @@ class Mixer:
 
     def plan(self, step, tokens, sequence) -> list[Task]:
         """The tasks that `mix` writes."""
+        return self.draft(step, tokens, sequence).tasks
+
+    def draft(self, step, tokens, sequence):
         draft = _Draft(self, tokens, f"retrieval mix {self.seed} {step} {sequence}")
         size = self.share * (len(tokens) - 1)
         left = draft.fill(PASSAGES * size, draft.passage)  # first: they need the most room, half of it natural text
         draft.fill((1 - PASSAGES) * size + left, draft.task)
-        return draft.tasks
+        return draft
+
+
+class MixerProcess:
+    """A mixer in a process of its own, as a thread would hold up the one that launches kernels. The process ends when its
+    standard input closes, however the other one ends. Only one thread may use it at a time."""
+
+    def __init__(self, mixer: Mixer):
+        paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", f"import {__name__} as r; r.serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | dict(PYTHONPATH=os.pathsep.join(paths)), start_new_session=True)  # signals are for the other one
+        self.send(mixer)
+
+    def send(self, message) -> None:
+        pickle.dump(message, self.process.stdin)
+        self.process.stdin.flush()
+
+    def mix(self, step, tokens, sequence):
+        """As Mixer.mix; RuntimeError if the process has ended."""
+        try:
+            self.send((step, np.array(tokens), sequence))
+            return pickle.load(self.process.stdout)
+        except (BrokenPipeError, EOFError):
+            raise RuntimeError(f"the process that writes the retrieval mix has ended ({self.process.wait()})") from None
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def serve() -> None:
+    """The other end of a MixerProcess."""
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        mixer = pickle.load(sys.stdin.buffer)
+        while True:
+            pickle.dump(mixer.mix(*pickle.load(sys.stdin.buffer)), sys.stdout.buffer)
+            sys.stdout.buffer.flush()
 
 
 class _Draft:
@@ -255,10 +306,14 @@ class _Draft:
         self.documents = [(a + 1, b) for a, b in itertools.pairwise(bounds) if b - a - 1 > MIN_DISTANCE]
         self.rooms = list(itertools.accumulate(end - begin - MIN_DISTANCE for begin, end in self.documents))
         self.taken = bytearray(len(tokens))  # by pieces, and by the text that passages copy
-        self.key_T = mixer.is_key_V[tokens].tobytes()
-        barred = mixer.is_key_V[tokens] | (tokens == mixer.delimiter)  # from values of the text
-        self.kind_T = np.where(barred, 2, token_classes(tokens) != CLASSES["eval"][1]).astype(np.uint8).tobytes()
-        pairs = np.flatnonzero(mixer.is_key_V[tokens[:-1]] & mixer.is_key_V[tokens[1:]])
+        shuffled = mixer.middle_class + mixer.middle_ids * (2 * self.below(1 << 31) + 1) % (1 << 32)  # class by class
+        keys, values = (mixer.middle_ids[np.argsort(shuffled)[part::4]] for part in (0, 1))
+        self.key_ids, self.value_ids = keys.tolist(), values.tolist()
+        is_key_V = np.zeros(1 << 16, dtype=bool)
+        is_key_V[keys] = True
+        self.key_T = is_key_V[tokens].tobytes()
+        self.barred_T = (is_key_V[tokens] | (tokens == mixer.delimiter)).tobytes()  # from values of the text
+        pairs = np.flatnonzero(is_key_V[tokens[:-1]] & is_key_V[tokens[1:]])
         self.text_pairs = set(zip(tokens[pairs].tolist(), tokens[pairs + 1].tolist(), strict=True))
         self.keys, self.key_parts = set(), set()
         self.neighbours = [[] for _ in self.documents]  # keys in each
@@ -338,31 +393,41 @@ class _Draft:
     def pieces(self, kind, neighbours):
         """(keys, answer, pieces) of a task that has no place yet; no keys when they cannot be told from others."""
         mixer = self.mixer
-        shapes = LINK_SHAPES if kind.links else TEMPLATE_SHAPES["train"]
-        template = draw_template(self, mixer.template_ids, shapes[self.below(len(shapes))])
+        shapes = LINK_SHAPES if kind.links else TRAINED_SHAPES
+        shape = shapes[self.below(len(shapes))]
+        template = cut_template(self.words(mixer.common_ids, sum(shape), (KEY_CLASS, VALUE_CLASS)), shape)
         keys = [self.key(neighbours) for _ in range(1 + kind.links)]
         if any(key is None for key in keys):
             return [], None, []
-        length, values, of_text = self.between(VALUE_LENGTHS), {}, self.random() < VALUES_OF_TEXT
+        length = min(self.between(VALUE_LENGTHS), len(self.value_ids))
+        values, of_text = {}, self.random() < VALUES_OF_TEXT
         while len(values) < kind.values:
-            value = self.value_of_text(length) if of_text else draw_value(self, mixer.value_ids, length)
+            value = self.value_of_text(length, template) if of_text else self.words(self.value_ids, length, (VALUE_CLASS,))
             values[value.tobytes()] = value
         values = list(values.values())
         statements = [template.statement(keys[0], value) for value in values]
         links = [template.statement(key, known) for known, key in itertools.pairwise(keys)]
         answer = np.concatenate([template.way(keys[-2::-1]), values[-1]])
-        return keys, answer, statements + links + [np.concatenate([template.question(keys[-1]), answer])] * kind.questions
+        asked = np.concatenate([template.question(keys[-1]), answer, template.after])
+        return keys, answer, statements + links + [asked] * kind.questions
+
+    def words(self, ids, length, evaluated):
+        """int64 [length] tokens of `ids`, none twice and not all of them of the classes `evaluated`."""
+        while True:  # a quarter of the ids, or half, are of other classes
+            words = _draw(self, ids, length)
+            if any(self.mixer.class_V[word] not in evaluated for word in words):
+                return words
 
     def key(self, neighbours):
         """A key that is nowhere in the sequence, now and then one that differs from a neighbour in its last token alone."""
         for _ in range(KEY_TRIES):
             if neighbours and self.random() < LOOKALIKES:
                 key = neighbours[self.below(len(neighbours))].copy()
-                key[-1] = draw_key(self, self.mixer.key_ids, 1)[0]
-                if key[-1] in key[:-1]:
+                key[-1] = draw_key(self, self.key_ids, 1)[0]
+                if key[-1] in key[:-1] or all(self.mixer.class_V[token] == KEY_CLASS for token in key):
                     continue
             else:
-                key = draw_key(self, self.mixer.key_ids, self.between(KEY_LENGTHS))
+                key = self.words(self.key_ids, self.between(KEY_LENGTHS), (KEY_CLASS,))
             tokens = tuple(key.tolist())
             parts = {tokens[i:j] for i, j in itertools.combinations(range(len(tokens) + 1), 2) if j - i > 1}
             in_text = self.text_pairs.issuperset(itertools.pairwise(tokens))  # perhaps: all its pairs are
@@ -372,15 +437,18 @@ class _Draft:
                 return key
         return None
 
-    def value_of_text(self, length):
-        """int64 [length] tokens of the text, none twice and no key among them, not all of them values of evaluation; where the
-        text is too poor for that, a value of training's class."""
+    def value_of_text(self, length, template):
+        """int64 [length] tokens of the text, none twice and none a key's or the end of the statement, not all of them of
+        evaluation's class; where the text is too poor for that, others."""
         for _ in range(VALUE_TRIES):
             places = [self.below(len(self.tokens)) for _ in range(length)]
-            kinds = [self.kind_T[place] for place in places]
-            if 2 not in kinds and 1 in kinds and len(set(value := self.tokens[places].tolist())) == length:
+            if any(self.barred_T[place] for place in places):
+                continue
+            value = self.tokens[places].tolist()
+            if (len(set(value)) == length and template.after[0] not in value
+                    and any(self.mixer.class_V[token] != VALUE_CLASS for token in value)):
                 return np.array(value, dtype=np.int64)
-        return draw_value(self, self.mixer.value_ids, length)
+        return self.words(self.value_ids, length, (VALUE_CLASS,))
 
     def places(self, pieces, question, longest):
         """Starts of the pieces, each at a log-uniform distance of up to `longest` before the question; [] if one has none."""

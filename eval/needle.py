@@ -84,7 +84,7 @@ class Haystack:
         self.counts_V = sum(map(count_tokens, self.shards))
         self.documents_N3 = np.concatenate([_document_texts(i, t, delimiter) for i, t in enumerate(self.shards)])
         try:
-            self.anchor_ids, self.value_ids = word_pools(self.counts_V, delimiter, "eval")
+            self.anchor_ids, self.value_ids = word_pools(self.counts_V, delimiter)
         except ValueError as error:
             raise ValueError(f"needle: {error}, by NEEDLE_FILES") from None
 

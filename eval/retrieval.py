@@ -299,7 +299,7 @@ class Library:
         if cell.task == "gain":
             return
         longest = self.settings.key_length + max(self.settings.key_length, self.settings.value_length)
-        longest += max(len(t.before) + len(t.between) for t in self.templates)
+        longest += max(len(t.before) + len(t.between) + len(t.after) for t in self.templates)
         statements = 1 + int(cell.high) if cell.task in ("multikey", "tracking") else math.ceil(cell.high)
         statements, questions = (1 if cell.task in ("single", "depth") else statements), PAIRS.get(cell.task, 1)
         questions += int(cell.high) if cell.task == "tracking" else 0  # its answer holds a key and more for each link
@@ -331,9 +331,12 @@ class Library:
         for _ in range(MAX_DRAWS):
             made, questions = self.statements(cell, draw)
             keys, values = {s.key.tobytes(): s.key for s in made}, {s.value.tobytes() for s in made}
-            closing = np.concatenate([part for tokens, answer, _ in questions for part in (tokens, answer)])
-            end, size = cell.length - len(closing), len(questions[0][1])
-            answers = [end + stop - size for stop in np.cumsum([len(tokens) + size for tokens, *_ in questions]).tolist()]
+            size, asked = len(questions[0][1]), [(tokens, answer, made[i].template.after) for tokens, answer, i in questions]
+            asked[-1] = (*asked[-1][:2], asked[-1][2][:0])  # the last token is one of the answer
+            closing = np.concatenate([part for question in asked for part in question])
+            end = cell.length - len(closing)
+            stops = np.cumsum([sum(map(len, question)) for question in asked]).tolist()
+            answers = [end + stop - len(after) - size for stop, (*_, after) in zip(stops, asked, strict=True)]
             starts = self.places(cell, draw, made, end, answers[0])
             pieces = [s.tokens for s in made] + [closing]
             tokens_T = splice(self.delimiter, zip(starts + [end], pieces, strict=True), text, cell.length)

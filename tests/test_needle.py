@@ -136,7 +136,7 @@ def test_a_seed_names_the_same_sample_on_every_machine(tmp_path):
 
 
 def test_vocabulary_is_that_of_evaluation(haystack, tmp_path):
-    expected = retrieval.word_pools(haystack.counts_V, DELIMITER, "eval")
+    expected = retrieval.word_pools(haystack.counts_V, DELIMITER)
     assert [haystack.anchor_ids.tolist(), haystack.value_ids.tolist()] == [ids.tolist() for ids in expected]
     with pytest.raises(ValueError, match="different tokens.*NEEDLE_FILES"):
         Haystack([write_bytes_shard(tmp_path / "ab.bin", [b"ab" * 5000])], DELIMITER)

@@ -169,7 +169,8 @@ def answer_places(tokens_T, library, reading=None, size=VALUE):
     while place in ends:
         places.insert(0, place)
         template = library.templates[ends[place][0]]
-        place -= len(template.before) + KEY + len(template.between) + size
+        start = place - len(template.before) - KEY - len(template.between)
+        place = next((end for end, (t, _) in ends.items() if end + size + len(library.templates[t].after) == start), None)
     return places
 
 
@@ -225,7 +226,7 @@ def test_samples_are_what_they_say(library, documents, index):
             assert len(positions(key, tokens)) == 1 + (number if cell.task == "multivalue" else 1)
         pieces = {p for t, _, end in reading.found if end in answers or (t, _, end) in stated
                   for template in [library.templates[t]]
-                  for p in range(end - len(template.between) - KEY - len(template.before), end + VALUE)}
+                  for p in range(end - len(template.between) - KEY - len(template.before), end + VALUE + len(template.after))}
         if cell.task != "tracking":  # links end in a key, one token shorter than a value
             rest = [token for place, token in enumerate(tokens[1:], 1) if place not in pieces]
             assert sum(bytes(rest) in bytes(document) for document in documents) == 1 and not sample.stitched
@@ -269,7 +270,7 @@ def test_swapped_samples_differ_in_the_values_asked_for_alone(library):
 
 
 def test_no_template_key_or_value_of_training(library):
-    words = {word for t in library.templates for word in (*t.before.tolist(), *t.between.tolist())}
+    words = {word for t in library.templates for word in (*t.before.tolist(), *t.between.tolist(), *t.after.tolist())}
     assert words and set(token_classes(list(words))) <= {2, 3}
     assert set(token_classes(library.key_ids)) == {2} and set(token_classes(library.value_ids)) == {3}
 
