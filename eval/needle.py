@@ -6,9 +6,9 @@ A sample of `seq_len` tokens is a slice of one held-out document, over which two
                                 ^------- distance -------^ answer_start
 
 The last VALUE is scored. Anchor and value tokens come from disjoint sets of mid-frequency tokens, and training never writes
-them (data/retrieval.py). The anchor occurs nowhere else, so nothing but the first copy tells the answer. One forward pass
-scores it: every answer token being the argmax under teacher forcing is the same event as greedy decoding giving the whole
-value.
+a key or value of such tokens alone (data/retrieval.py). The anchor occurs nowhere else, so nothing but the first copy tells
+the answer. One forward pass scores it: every answer token being the argmax under teacher forcing is the same event as greedy
+decoding giving the whole value.
 
 The model stays outside: `evaluate_needles` is given a function that scores one sequence.
 """

@@ -10,6 +10,7 @@ nats against distance, a column a length), tasks (exact match by length), gain (
 
 import argparse
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def legend(figure, axes, columns: int = 5) -> None:
         entries |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     inches = 0.6 + 0.085 * max(map(len, entries))  # a column's handle and its longest label
     columns = max(1, min(columns, len(entries), int(figure.get_figwidth() / inches)))
+    figure.set_figheight(figure.get_figheight() + 0.22 * (math.ceil(len(entries) / columns) - 1))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
 
@@ -154,7 +156,7 @@ def draw_distance(plt, models: dict):
         finish(top, title=f"{tokens(length)} tokens, n = {stretch(counts)} a point", ylim=(-0.03, 1.03),
                ylabel="exact match" if not column else "")
         finish(bottom, xlabel="distance of the needle, tokens", ylabel="nats per answer token" if not column else "")
-        bottom.set_ylim(bottom=0)
+    axes[1, 0].set_ylim(bottom=0)  # of all columns; only now, as it ends the scaling
     legend(figure, axes[0])
     return figure
 
