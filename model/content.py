@@ -36,7 +36,8 @@ class ContentShape:
     floor: float = 2.0  # log-odds, over those of an average block of the past, below which nothing is claimed
     rows: int = 128  # S
     pooled: bool = False  # no landmarks: the mean over a block of its keys' non-rotating dimensions, for comparison
-    pacing: float = 2.0
+    ask_pacing: float = 8.0  # nats; the slots of a tile that has more to ask than those before must last to its end
+    claim_pacing: float = 2.0  # nats
     memory: int = 8  # blocks of the past from which thresholds are taken
 
     @property
@@ -140,9 +141,9 @@ class ContentPointers(nn.Module):
         if s.pooled:  # all tokens ask
             asking = ask(torch.zeros(marks.p_BTPr.shape[:3], device=marks.p_BTPr.device).transpose(1, 2), BLOCK)
         else:
-            asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory, s.pacing)
+            asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory, s.ask_pacing)
         found = search(marks.p_BTPr, marks.l_BTPr, asking, documents, state.local_blocks, state.global_blocks)
-        claims = admit(found, asking, s.far_blocks, s.target, s.pacing, s.memory, odds_floor(documents, s.floor))
+        claims = admit(found, asking, s.far_blocks, s.target, s.claim_pacing, s.memory, odds_floor(documents, s.floor))
         claims = Claims(torch.where(state.radius < 0, 0, claims.num_BHN), claims.block_BHNW, claims.time_BHNW)
         if offsets is not None:
             lists = append_claims(offsets, claims)

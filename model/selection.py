@@ -87,7 +87,7 @@ def _(score_BHT, slots, memory, pacing):
     return score_BHT.new_empty(B, H, T // BLOCK, slots, dtype=torch.int32)
 
 
-def ask(score_BHT: Tensor, slots: int, memory: int = 8, pacing: float = 2.0) -> Tensor:
+def ask(score_BHT: Tensor, slots: int, memory: int = 8, pacing: float = 8.0) -> Tensor:
     """Positions in their tile, ascending, of the at most `slots` tokens that ask, int32 [B, H, N, slots]; BLOCK in unused
     slots. In token order, as long as slots are free: the token at position x asks, after c others, if its score exceeds the
     mean, over the `memory` tiles before, of a tile's r-th largest score, r = 3/4 slots, by pacing * (c / r - x / BLOCK): a

@@ -80,6 +80,17 @@ def test_ask_takes_the_first_above_the_recent_tiles(slots, memory, kernel):
     assert slots == BLOCK or (idx == BLOCK).any()  # some slot is free
 
 
+def test_a_tile_with_more_to_ask_than_those_before_leaves_slots_to_its_last_tokens():
+    """Text that asks more than the text before it, and a question at its end that asks most."""
+    generator = torch.Generator().manual_seed(0)
+    score = 1.5 * torch.randn(1, 400, 9, BLOCK, generator=generator)
+    score[:, :, 8] += 1.5
+    score[:, :, 8, 110:118] = 5.0  # above the threshold, the mean of the 12th largest of 128, by about 3
+    late = {pacing: ask(score.flatten(2).to(DEVICE), 16, pacing=pacing)[0, :, 8].cpu() for pacing in (2.0, 8.0)}
+    asked = {pacing: ((at >= 110) & (at < 118)).any(-1).float().mean().item() for pacing, at in late.items()}
+    assert asked[8.0] > 0.99 and asked[2.0] < 0.6
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Search
 
