@@ -657,7 +657,7 @@ class Attention(nn.Module):
         if not config.pooled:
             q = content.fold(q, marks.p_BTPr / ATTENTION_SCALE, config.folded_features)
             k = content.fold(k, marks.l_BTPr, config.folded_features)
-        return q, k, found.lists, ContentTelemetry(found.claims, found.log_odds_BPNR, losses, far_mass)
+        return q, k, found.lists, ContentTelemetry(found.claims, found.refused_BPN, found.log_odds_BPNR, losses, far_mass)
 
 
 class MLP(nn.Module):

@@ -57,6 +57,7 @@ class Pointing(NamedTuple):
 
     lists: BlockLists  # of all heads
     claims: Claims  # of the pointer heads
+    refused_BPN: Tensor  # tokens that found no slot for a claim
     log_odds_BPNR: Tensor  # of every asking token's best block
     asked_BPT: Tensor | None  # in training: the share of its past's weight that a token's best far block has
 
@@ -74,6 +75,7 @@ class ContentTelemetry(NamedTuple):
     """Detached device tensors; reading them is left to the logging steps."""
 
     claims: Claims  # of the pointer heads
+    refused_BPN: Tensor  # tokens that found no slot for a claim
     log_odds_BPNR: Tensor  # of every asking token's best block
     losses: Tensor  # [2], in the order of LOSSES, nats
     far_mass_P: Tensor  # share of the sampled rows' attention that claimed blocks get; 0 outside training
@@ -143,15 +145,16 @@ class ContentPointers(nn.Module):
         else:
             asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory, s.ask_pacing)
         found = search(marks.p_BTPr, marks.l_BTPr, asking, documents, state.local_blocks, state.global_blocks)
-        claims = admit(found, asking, s.far_blocks, s.target, s.claim_pacing, s.memory, odds_floor(documents, s.floor))
-        claims = Claims(torch.where(state.radius < 0, 0, claims.num_BHN), claims.block_BHNW, claims.time_BHNW)
+        claims, refused = admit(found, asking, s.far_blocks, s.target, s.claim_pacing, s.memory, odds_floor(documents, s.floor))
+        num, refused = (torch.where(state.radius < 0, 0, x) for x in (claims.num_BHN, refused))
+        claims = Claims(num, claims.block_BHNW, claims.time_BHNW)
         if offsets is not None:
             lists = append_claims(offsets, claims)
         else:
             lists = content_lists(claims, documents, state.local_blocks, state.global_blocks, window, list_shape.local_blocks,
                                   list_shape.global_blocks, window_slots, heads)
         asked = found.log_odds_BHNR.sigmoid().flatten(2) if self.training and not s.pooled else None
-        return Pointing(lists, claims, found.log_odds_BHNR, asked)
+        return Pointing(lists, claims, refused, found.log_odds_BHNR, asked)
 
     def losses(self, marks: Landmarks, found: Pointing, q_BTHD: Tensor, k_BTHD: Tensor, rows: Rows) -> Tensor:
         """[2], in the order of LOSSES; their gradients reach this module's parameters alone, taps excepted.
@@ -215,11 +218,10 @@ def content_stats(layers: list[ContentTelemetry]) -> dict:
 
     log_odds = [layer.log_odds_BPNR[layer.log_odds_BPNR.isfinite()] for layer in layers]
     losses = by_layer([layer.losses for layer in layers])
-    width = layers[0].claims.block_BHNW.size(-1)
     return dict(
         claimed_blocks=by_layer([layer.claims.num_BHN.float().mean() for layer in layers]),
         claimed_blocks_max=by_layer([layer.claims.num_BHN.max() for layer in layers]),
-        full_tiles=by_layer([(layer.claims.num_BHN == width).float().mean() for layer in layers]),
+        refused_claims=by_layer([layer.refused_BPN.float().mean() for layer in layers]),
         far_mass=by_layer([layer.far_mass_P for layer in layers]),
         log_odds=[[x.quantile(q).item() for q in (0.5, 0.9, 0.99)] if len(x) else None
                   for x in (x[:: max(1, len(x) // 2**20)] for x in log_odds)],

@@ -179,7 +179,7 @@ def search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, documents: Document
 
 @torch.library.custom_op("scope::admit", mutates_args=())
 def _admit(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, slots: int, rank: int, pacing: float,
-           memory: int) -> tuple[Tensor, Tensor, Tensor]:
+           memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if block_BHNR.is_cuda:
         from model.selection_triton import admit_claims
 
@@ -190,11 +190,11 @@ def _admit(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N:
 @_admit.register_fake
 def _(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, slots, rank, pacing, memory):
     rows = block_BHNR.shape[:3]
-    return block_BHNR.new_empty(rows), block_BHNR.new_empty(*rows, slots), block_BHNR.new_empty(*rows, slots)
+    return *(block_BHNR.new_empty(*rows, *width) for width in ((), (slots,), (slots,), ())),
 
 
 def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, slots: int, rank: int,
-                pacing: float, memory: int) -> tuple[Tensor, Tensor, Tensor]:
+                pacing: float, memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The oracle of the admission, on any device: one asker of every tile after the other."""
     B, H, N, R = block_BHNR.shape
     device = block_BHNR.device
@@ -208,22 +208,23 @@ def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, flo
     threshold_BHN = _mean_before(nth_BHN, memory)
 
     slot = torch.arange(slots, device=device)
-    num = torch.zeros(B, H, N, device=device, dtype=torch.int32)
+    num, refused = torch.zeros(2, B, H, N, device=device, dtype=torch.int32)
     claimed = torch.full((B, H, N, slots), -1, device=device, dtype=torch.int32)
     time = torch.full_like(claimed, BLOCK)
     for block, odds, x in zip(block_BHNR.unbind(-1), log_odds_BHNR.unbind(-1), ask_BHNR.unbind(-1), strict=True):
         bar = threshold_BHN + pacing * (num / rank - x / BLOCK)
         listed = (claimed == block[..., None]).any(-1)
-        takes = (block >= 0) & (num < slots) & (odds > bar) & (odds > floor_N) & ~listed
+        wants = (block >= 0) & (odds > bar) & (odds > floor_N) & ~listed
+        takes = wants & (num < slots)
         here = takes[..., None] & (slot == num[..., None])
         claimed, time = torch.where(here, block[..., None], claimed), torch.where(here, x[..., None], time)
-        num = num + takes.int()
-    return num, claimed.clamp(min=0), time
+        num, refused = num + takes.int(), refused + (wants & ~takes).int()
+    return num, claimed.clamp(min=0), time, refused
 
 
 def admit(found: Found, ask_BHNR: Tensor, slots: int, rank: int, pacing: float = 2.0, memory: int = 8,
-          floor_N: Tensor | None = None) -> Claims:
-    """Which tokens claim their best block.
+          floor_N: Tensor | None = None) -> tuple[Claims, Tensor]:
+    """Which tokens claim their best block; and, int32 [B, H, N], how many of a tile find no slot left.
 
     The threshold of a tile is the mean, over the `memory` tiles before, of the `rank`-th largest log-odds of a found block
     (a block counts once, with its highest; tiles that found fewer do not count; no such tile: no threshold). In token
@@ -240,7 +241,8 @@ def admit(found: Found, ask_BHNR: Tensor, slots: int, rank: int, pacing: float =
                          f"{list(ask_BHNR.shape)} must have one shape")
     if floor_N is None:
         floor_N = torch.full(ask_BHNR.shape[2:3], float("-inf"), device=ask_BHNR.device)
-    return Claims(*_admit(found.block_BHNR, found.log_odds_BHNR, ask_BHNR, floor_N, slots, rank, pacing, memory))
+    *claims, refused_BHN = _admit(found.block_BHNR, found.log_odds_BHNR, ask_BHNR, floor_N, slots, rank, pacing, memory)
+    return Claims(*claims), refused_BHN
 
 
 def odds_floor(documents: Documents, floor: float) -> Tensor:

@@ -87,7 +87,7 @@ def test_losses_against_loops():
     stream = noise((1, T, 24), 8).double()
     marks = module(q, k, stream)
     asked = torch.rand(1, 2, T, generator=torch.Generator().manual_seed(0)).double()
-    found = module.losses(marks, Pointing(None, None, None, asked), q, k, module.sample(logits, documents, phase))
+    found = module.losses(marks, Pointing(None, None, None, None, asked), q, k, module.sample(logits, documents, phase))
     rows = [64 * s + 17 for s in range(16)]
     kl, count = 0.0, 0
     for row in rows:
@@ -140,7 +140,7 @@ def test_far_mass_against_loops():
 def test_the_losses_reach_the_maps_alone():
     module, documents = pointers(), Documents.of(documents_of(T, 4, mean_length=10**9), DELIMITER)
     q, k = (x.requires_grad_() for x in heads(3))
-    labels = Pointing(None, None, None, torch.full((1, 2, T), 0.3).double())
+    labels = Pointing(None, None, None, None, torch.full((1, 2, T), 0.3).double())
     marks = module(q, k, stream := noise((1, T, 24), 8).double().requires_grad_())
     rows = module.sample(lambda rows: torch.einsum("bspd,btpd->pst", q[:, rows, :2], k[:, :, :2]), documents, torch.tensor(0))
     losses = module.losses(marks, labels, q, k, rows)

@@ -236,22 +236,25 @@ def test_search_kernel_takes_any_scale(scale):
 
 
 def loop_admit(found, asks, slots, rank, pacing, memory, floors):
-    """One head: claims [(block, time)] of every tile."""
+    """One head: (claims [(block, time)], tokens refused) of every tile."""
     nths, out = [], []
     for blocks, odds, xs, floor in zip(*(t.tolist() for t in (*found, asks)), floors, strict=True):
         recent = [v for v in nths[-memory:] if v > -math.inf]
         threshold = sum(recent) / len(recent) if recent else -math.inf
-        claims, highest = [], {}
+        claims, refused, highest = [], 0, {}
         for b, u, x in zip(blocks, odds, xs, strict=True):
             if b < 0:
                 continue
             highest[b] = max(u, highest.get(b, -math.inf))
-            free = len(claims) < slots and b not in [c for c, _ in claims]
-            if free and u > threshold + pacing * (len(claims) / rank - x / BLOCK) and u > floor:
+            if b in [c for c, _ in claims] or u <= threshold + pacing * (len(claims) / rank - x / BLOCK) or u <= floor:
+                continue
+            if len(claims) < slots:
                 claims.append((b, x))
+            else:
+                refused += 1
         best = sorted(highest.values(), reverse=True)
         nths.append(best[rank - 1] if len(best) >= rank else -math.inf)
-        out.append(claims)
+        out.append((claims, refused))
     return out
 
 
@@ -274,16 +277,18 @@ def test_admission_against_a_loop(case):
     N, H, R, slots, rank, pacing, memory, floor = case
     found, asks = random_found(N, H, R, seed=N, blocks=2 * rank)
     floor_N = floor - 0.3 * torch.arange(N, device=DEVICE)
-    claims = admit(found, asks, slots, rank, pacing, memory, floor_N)
-    assert [x.dtype for x in claims] == [torch.int32] * 3
+    claims, refused = admit(found, asks, slots, rank, pacing, memory, floor_N)
+    assert [x.dtype for x in (*claims, refused)] == [torch.int32] * 4
     for h in range(H):
         rows = loop_admit(Found(*(x[0, h].cpu() for x in found)), asks[0, h].cpu(), slots, rank, pacing, memory,
                           floor_N.tolist())
-        for n, row in enumerate(rows):
+        for n, (row, left_out) in enumerate(rows):
+            assert refused[0, h, n] == left_out
             num, block, time = (x[0, h, n].cpu().tolist() for x in claims)
             assert num == len(row) <= slots and list(zip(block, time, strict=True))[:num] == row
             assert block[num:] == [0] * (slots - num) and time[num:] == [BLOCK] * (slots - num)
     assert (claims.num_BHN > 0).any() == (floor < math.inf)
+    assert (refused > 0).any() or case != ADMISSIONS[0]
 
 
 @pytest.mark.parametrize("case", ADMISSIONS)
@@ -382,7 +387,7 @@ def select(p, l, score, documents, heads=3):  # noqa: E741
     local, globals_ = scalar(2), scalar(1)
     asks = ask(score, 16, 2)
     found = search(p, l, asks, documents, local, globals_)
-    claims = admit(found, asks, 4, 3, memory=2, floor_N=odds_floor(documents, -1.0))
+    claims, _ = admit(found, asks, 4, 3, memory=2, floor_N=odds_floor(documents, -1.0))
     return claims, content_lists(claims, documents, local, globals_, scalar(3), 2, 1, 3, heads)
 
 
@@ -444,7 +449,7 @@ def test_operators_keep_the_compilers_contract():
     documents, ops = Documents.of(tokens, DELIMITER), torch.ops.scope
     asks, local, globals_ = ask(score, 16), scalar(1), scalar(1)
     found = search(p, l, asks, documents, local, globals_)
-    claims = admit(found, asks, 4, 3)
+    claims, _ = admit(found, asks, 4, 3)
     calls = [(ops.ask, (score, 16, 8, 2.0)), (ops.search, (p, l, asks, *documents, local, globals_)),
              (ops.admit, (*found, asks, odds_floor(documents, 0.0), 4, 3, 2.0, 8)),
              (ops.content_lists, (*claims, documents.start_block_N, local, globals_, local, 2, 1, 2, 3))]
@@ -467,8 +472,8 @@ def test_refusals():
             (lambda: admit(found, asks, 64, 9), "64 slots"),
             (lambda: admit(found, asks, 16, 0), "rank 0"),
             (lambda: admit(found, asks[:, :, :1], 16, 12), "must have one shape"),
-            (lambda: content_lists(admit(found, asks, 4, 3), documents, one, one, one, 2, 1, 1, 0), "0 attention heads"),
-            (lambda: content_lists(admit(found, asks, 4, 3), documents, one, one, one, 0, 1, 1, 1), "0 local")]:
+            (lambda: content_lists(admit(found, asks, 4, 3)[0], documents, one, one, one, 2, 1, 1, 0), "0 attention heads"),
+            (lambda: content_lists(admit(found, asks, 4, 3)[0], documents, one, one, one, 0, 1, 1, 1), "0 local")]:
         with pytest.raises(ValueError, match=message):
             wrong()
 
