@@ -143,10 +143,11 @@ class Config:
     spectral_bias: bool = _spectral(False, "spectral bias on attention logits (0: arm A)")
     spectral_use_pointer_mask: bool = _spectral(False, "pointer lists in the spectral layers (arm C) instead of the "
                                                        "sliding window (arm B)")
-    spectral_pointer_source: str = _spectral("offset", "what points: offsets predicted from the query, a search of the past by "
-                                                       "content, or both; for comparison: pooled searches blocks by their "
-                                                       "mean key, dense reads all of the past, at quadratic cost",
-                                             choices=("offset", "content", "mixed", "pooled", "dense"))
+    spectral_pointer_source: str = _spectral("auto", "what points: offsets predicted from the query, a search of the past by "
+                                                     "content, or both; auto: offset with SPECTRAL_BIAS=1, else content, which "
+                                                     "retrieves better; for comparison: pooled searches blocks by their mean "
+                                                     "key, dense reads all of the past, at quadratic cost",
+                                             choices=("auto", "offset", "content", "mixed", "pooled", "dense"))
     spectral_layers: str = _spectral("long", "layers with bias and pointers: long (the long-window layers), all, or ids "
                                              "like 0,4,11")
     spectral_impl: str = _spectral("qk_aug", "bias as extra q.k dimensions, or as a FlexAttention score_mod (very slow)",
@@ -308,8 +309,8 @@ class Config:
         if self.needle_eval:
             problems += check_needle_shape(self.needle_seq_len, self.needle_distances, self.needle_anchor_len,
                                            self.needle_value_len)
-        refuse(self.offset_pointers and not self.spectral_bias, "SPECTRAL_USE_POINTER_MASK=1 needs SPECTRAL_BIAS=1, which "
-               "predicts the offsets, or SPECTRAL_POINTER_SOURCE=content")
+        refuse(self.offset_pointers and not self.spectral_bias, f"SPECTRAL_POINTER_SOURCE={self.pointer_source} needs "
+               "SPECTRAL_BIAS=1, which predicts the offsets: set it, or SPECTRAL_POINTER_SOURCE=content")
         problems += self.impossible_spectral() if self.spectral_bias or self.spectral_use_pointer_mask else []
         return [text for text in problems if unread.isdisjoint(re.findall(r"\w+", text))]
 
@@ -329,7 +330,7 @@ class Config:
                             f"SPECTRAL_QK_LAYOUT=append")
         problems += self.impossible_content() if self.content_pointers else []
         if self.spectral_length_scale and not self.dense:
-            problems.append(f"SPECTRAL_LENGTH_SCALE=1 is for SPECTRAL_POINTER_SOURCE=dense, not {self.spectral_pointer_source}")
+            problems.append(f"SPECTRAL_LENGTH_SCALE=1 is for SPECTRAL_POINTER_SOURCE=dense, not {self.pointer_source}")
         if self.spectral_pointer_mid_frac > self.spectral_pointer_full_frac:
             problems.append(f"SPECTRAL_POINTER_MID_FRAC={self.spectral_pointer_mid_frac} comes after "
                             f"SPECTRAL_POINTER_FULL_FRAC={self.spectral_pointer_full_frac}")
@@ -360,25 +361,30 @@ class Config:
             problems.append(f"SPECTRAL_LANDMARK_DIM={self.spectral_landmark_dim} and the bias's {self.folded_features} "
                             f"features exceed the HEAD_DIM / 2 = {self.head_dim // 2} dimensions that do not rotate")
         if self.spectral_bias and self.spectral_impl == "score_mod":
-            problems.append(f"SPECTRAL_IMPL=score_mod does not go with SPECTRAL_POINTER_SOURCE={self.spectral_pointer_source}: "
+            problems.append(f"SPECTRAL_IMPL=score_mod does not go with SPECTRAL_POINTER_SOURCE={self.pointer_source}: "
                             f"take qk_aug")
         return problems
 
     @property
+    def pointer_source(self) -> str:
+        source = self.spectral_pointer_source
+        return source if source != "auto" else "offset" if self.spectral_bias else "content"
+
+    @property
     def content_pointers(self) -> bool:
-        return self.spectral_use_pointer_mask and self.spectral_pointer_source in ("content", "mixed", "pooled")
+        return self.spectral_use_pointer_mask and self.pointer_source in ("content", "mixed", "pooled")
 
     @property
     def offset_pointers(self) -> bool:
-        return self.spectral_use_pointer_mask and self.spectral_pointer_source in ("offset", "mixed")
+        return self.spectral_use_pointer_mask and self.pointer_source in ("offset", "mixed")
 
     @property
     def pooled(self) -> bool:
-        return self.spectral_use_pointer_mask and self.spectral_pointer_source == "pooled"
+        return self.spectral_use_pointer_mask and self.pointer_source == "pooled"
 
     @property
     def dense(self) -> bool:
-        return self.spectral_use_pointer_mask and self.spectral_pointer_source == "dense"
+        return self.spectral_use_pointer_mask and self.pointer_source == "dense"
 
     @property
     def folded_features(self) -> int:
@@ -409,7 +415,7 @@ class Config:
     @property
     def pointer_band(self) -> int:
         """Blocks of the local band next to the pointers."""
-        return (self.spectral_pointer_near_blocks if self.spectral_pointer_source in ("content", "pooled")
+        return (self.spectral_pointer_near_blocks if self.pointer_source in ("content", "pooled")
                 else self.spectral_pointer_local_blocks)
 
     @property
@@ -967,7 +973,7 @@ class Schedule(NamedTuple):
             if c.dense:
                 return c.train_seq_len // BLOCK
             far = c.spectral_pointer_far_blocks * c.spectral_pointer_heads if c.content_pointers else 0  # of all heads
-            if c.spectral_pointer_source in ("content", "pooled"):
+            if c.pointer_source in ("content", "pooled"):
                 near = (c.pointer_band + self.global_blocks) * c.spectral_pointer_heads
                 return (near + far + self.window(layer) * (c.num_heads - c.spectral_pointer_heads)) // c.num_heads
             offsets = c.spectral_pointers * max(0, 2 * self.pointer_radius() + 1)

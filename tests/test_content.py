@@ -200,12 +200,19 @@ def test_a_planted_match_is_found():
     assert asked[10 * BLOCK + 30] == asked.max() > 0.9 and (asked[: 3 * BLOCK] == 0).all()  # what teaches the gate
 
 
+def test_what_points_by_itself():
+    """With the bias, arm C, offsets do; without it nothing predicts them."""
+    for bias, source in ((0, "content"), (1, "offset")):
+        config = config_for(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_BIAS=bias, SPECTRAL_POINTER_HEADS=1, SPECTRAL_LANDMARK_DIM=16)
+        assert config.pointer_source == source and config.content_pointers == (source == "content") != config.offset_pointers
+
+
 @pytest.mark.parametrize("change,message", [
     (dict(SPECTRAL_POINTER_ASKING=48), "SPECTRAL_POINTER_ASKING=48 is not a power of two"),
     (dict(SPECTRAL_POINTER_HEADS=3), "SPECTRAL_POINTER_HEADS=3 exceeds NUM_HEADS=2"),
     (dict(SPECTRAL_LANDMARK_DIM=32), "exceed the HEAD_DIM / 2 = 16 dimensions"),
     (dict(SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1), "SPECTRAL_LANDMARK_DIM=16 and the bias's 16 features"),
-    (dict(SPECTRAL_POINTER_SOURCE="offset"), "SPECTRAL_USE_POINTER_MASK=1 needs SPECTRAL_BIAS=1")])
+    (dict(SPECTRAL_POINTER_SOURCE="offset"), "SPECTRAL_POINTER_SOURCE=offset needs SPECTRAL_BIAS=1")])
 def test_refusals(change, message):
     with pytest.raises(S.Stop, match=message):
         config_for(**CONTENT | change)
