@@ -244,6 +244,7 @@ class Mixer:
         return self.draft(step, tokens, sequence).tasks
 
     def draft(self, step, tokens, sequence):
+        """The same, with the words that they are made of."""
         draft = _Draft(self, tokens, f"retrieval mix {self.seed} {step} {sequence}")
         size = self.share * (len(tokens) - 1)
         left = draft.fill(PASSAGES * size, draft.passage)  # first: they need the most room, half of it natural text
