@@ -1,6 +1,7 @@
 """Content pointers: the landmarks and their losses against loops, what they teach, and the whole search in a model."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -76,6 +77,13 @@ def test_pooled_keys_are_their_blocks_mean():
         for h in range(2):
             expected = q[0, i, h, still] @ k[0, block : block + BLOCK, h].mean(0)[still] / 32**0.5
             torch.testing.assert_close(marks.p_BTPr[0, i, h] @ marks.l_BTPr[0, j, h], expected)
+
+
+def test_pooled_keys_know_no_floor():
+    """They have no landmark whose odds could rise above it."""
+    pooled = dict(SPECTRAL_POINTER_SOURCE="pooled", SPECTRAL_POINTER_FLOOR=2)
+    assert config_for(**CONTENT | pooled).content_shape().floor == -math.inf
+    assert config_for(**CONTENT | dict(SPECTRAL_POINTER_FLOOR=2)).content_shape().floor == 2
 
 
 def test_losses_against_loops():
