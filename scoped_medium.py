@@ -193,7 +193,7 @@ class Config:
     spectral_pointer_asking: int = _spectral(16, "content: tokens of a block that search, at most; in training all do",
                                              low=16, high=BLOCK)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
-    spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and saliency", low=0)
+    spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and who searches", low=0)
 
     val_files: str = _validation("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
     val_seq_len: int = _validation(65536, "tokens in one validation sequence", low=BLOCK)

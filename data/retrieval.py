@@ -16,7 +16,7 @@ spells the way out: OTHER_KEY between its VALUE after, wherever that key is stat
 end with a word of their own, where an answer ends need not be guessed.
 
 The mixer writes passages too: tokens of a document's own text, any of the vocabulary, that stand in it a second time further
-on. Statements alone would teach that answers are of the training values' ids; passages teach to copy whatever there is.
+on. Statements alone would teach to copy lists of words; passages teach to copy whatever there is.
 """
 
 import contextlib
@@ -308,7 +308,8 @@ class _Draft:
         self.rooms = list(itertools.accumulate(end - begin - MIN_DISTANCE for begin, end in self.documents))
         self.taken = bytearray(len(tokens))  # by pieces, and by the text that passages copy
         shuffled = mixer.middle_class + mixer.middle_ids * (2 * self.below(1 << 31) + 1) % (1 << 32)  # class by class
-        keys, values = (mixer.middle_ids[np.argsort(shuffled)[part::4]] for part in (0, 1))
+        ids = mixer.middle_ids[np.argsort(shuffled)]
+        keys, values = ids[0::4], ids[1::4]
         self.key_ids, self.value_ids = keys.tolist(), values.tolist()
         is_key_V = np.zeros(1 << 16, dtype=bool)
         is_key_V[keys] = True
@@ -414,10 +415,14 @@ class _Draft:
 
     def words(self, ids, length, evaluated):
         """int64 [length] tokens of `ids`, none twice and not all of them of the classes `evaluated`."""
-        while True:  # a quarter of the ids, or half, are of other classes
+        while True:  # at least half of the ids are of other classes
             words = _draw(self, ids, length)
-            if any(self.mixer.class_V[word] not in evaluated for word in words):
+            if self.apart(words, evaluated):
                 return words
+
+    def apart(self, words, evaluated):
+        """Whether one of the tokens is of none of the classes `evaluated`."""
+        return any(self.mixer.class_V[word] not in evaluated for word in words)
 
     def key(self, neighbours):
         """A key that is nowhere in the sequence, now and then one that differs from a neighbour in its last token alone."""
@@ -425,7 +430,7 @@ class _Draft:
             if neighbours and self.random() < LOOKALIKES:
                 key = neighbours[self.below(len(neighbours))].copy()
                 key[-1] = draw_key(self, self.key_ids, 1)[0]
-                if key[-1] in key[:-1] or all(self.mixer.class_V[token] == KEY_CLASS for token in key):
+                if key[-1] in key[:-1] or not self.apart(key, (KEY_CLASS,)):
                     continue
             else:
                 key = self.words(self.key_ids, self.between(KEY_LENGTHS), (KEY_CLASS,))
@@ -446,8 +451,7 @@ class _Draft:
             if any(self.barred_T[place] for place in places):
                 continue
             value = self.tokens[places].tolist()
-            if (len(set(value)) == length and template.after[0] not in value
-                    and any(self.mixer.class_V[token] != VALUE_CLASS for token in value)):
+            if len(set(value)) == length and template.after[0] not in value and self.apart(value, (VALUE_CLASS,)):
                 return np.array(value, dtype=np.int64)
         return self.words(self.value_ids, length, (VALUE_CLASS,))
 

@@ -162,14 +162,14 @@ class ContentPointers(nn.Module):
         q_BTHD, k_BTHD: normed, pre-rotary; B must be 1. Teacher of the landmarks: softmax of the rows' logits over their past.
         Teacher of `ask`: what the search from all tokens found.
         """
-        s, (rows_S, past_ST, counts_S, logits_PST) = self.shape, rows
+        s, (rows_S, past_ST, weight_S, logits_PST) = self.shape, rows
         teacher_PST = logits_PST.masked_fill(~past_ST, float("-inf")).softmax(-1)
         q, k = (x[:, :, : s.heads].detach() for x in (q_BTHD, k_BTHD))
         p_BSPr, l_BTPr = self.project(q[:, rows_S], k)
         student_PST = torch.einsum("bspe,btpe->pst", p_BSPr, l_BTPr).float().masked_fill(~past_ST, float("-inf"))
         log_student = student_PST.log_softmax(-1).clamp(min=-50)  # finite where the teacher is 0
         kl_PS = (torch.special.entr(teacher_PST).neg() - teacher_PST * log_student).sum(-1)
-        return torch.stack([(kl_PS * counts_S).sum(-1).mean(),
+        return torch.stack([(kl_PS * weight_S).sum(-1).mean(),
                             F.binary_cross_entropy_with_logits(marks.ask_BPT, found.asked_BPT)])
 
     @torch.no_grad()
@@ -185,7 +185,7 @@ class ContentPointers(nn.Module):
     @torch.no_grad()
     def far_mass(self, marks: Landmarks, claims: Claims, rows: Rows, documents: Documents, state) -> Tensor:
         """[P], the share of its attention that a sampled row gives to the blocks that its heads claimed; B must be 1."""
-        rows_S, past_ST, counts_S, logits_PST = rows
+        rows_S, past_ST, weight_S, logits_PST = rows
         block_T = torch.arange(len(documents.id_T), device=rows_S.device) // BLOCK
         tile_S, x_S = rows_S // BLOCK, rows_S % BLOCK
         near_ST = ((block_T > tile_S[:, None] - state.local_blocks)
@@ -198,7 +198,7 @@ class ContentPointers(nn.Module):
         claimed_PST = (claimed_PSN[..., block_T] > 0) & past_ST & ~near_ST
         logits_PST = logits_PST + torch.einsum("bspe,btpe->pst", marks.p_BTPr[:, rows_S], marks.l_BTPr).float()
         share_PST = logits_PST.masked_fill(~(claimed_PST | (near_ST & past_ST)), float("-inf")).softmax(-1)
-        return ((share_PST * claimed_PST).sum(-1) * counts_S).sum(-1)
+        return ((share_PST * claimed_PST).sum(-1) * weight_S).sum(-1)
 
     def fold(self, x_BTHD: Tensor, mark_BTPr: Tensor | None, reserved: int) -> Tensor:
         """Put the marks in the place of the pointer heads' last non-rotating dimensions but `reserved`, which the spectral

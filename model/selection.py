@@ -190,7 +190,7 @@ def _admit(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N:
 @_admit.register_fake
 def _(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, slots, rank, pacing, memory):
     rows = block_BHNR.shape[:3]
-    return *(block_BHNR.new_empty(*rows, *width) for width in ((), (slots,), (slots,), ())),
+    return tuple(block_BHNR.new_empty(*rows, *width) for width in ((), (slots,), (slots,), ()))
 
 
 def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, slots: int, rank: int,
