@@ -999,7 +999,7 @@ def flops_per_token(model: GPT, schedule: Schedule) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
-MIXER_COUNTS = 1 << 24  # tokens of the first training shard by which RETRIEVAL_MIX chooses its vocabulary
+MIXER_COUNTS = 1 << 27  # tokens, as many of every training shard, by which RETRIEVAL_MIX chooses its vocabulary
 
 
 def batches_in(tokens: int, batch: int) -> int:
@@ -1477,15 +1477,15 @@ def check_training_data(config: Config, every_token: bool) -> TokenLoader:
 
 
 def make_mixer(config: Config, loader: TokenLoader) -> Mixer | None:
-    """ValueError if the text of the first training shard is too poor to draw keys and values from."""
+    """ValueError if the training text is too poor to draw keys and values from."""
     if not config.retrieval_mix:
         return None
-    share, path = config.retrieval_mix, loader.paths[0]
-    counts_V = count_tokens(shards.open_shard(path)[:MIXER_COUNTS])
+    share, each = config.retrieval_mix, MIXER_COUNTS // len(loader.paths)
+    counts_V = sum(count_tokens(shards.open_shard(path)[:each]) for path in loader.paths)
     try:
         return Mixer(share, config.seed, counts_V, config.doc_delimiter)
     except ValueError as error:
-        raise ValueError(f"RETRIEVAL_MIX={share:g}: {path}: {error}, or set RETRIEVAL_MIX=0") from None
+        raise ValueError(f"RETRIEVAL_MIX={share:g}: {config.train_files}: {error}, or set RETRIEVAL_MIX=0") from None
 
 
 def check_validation_data(config: Config, every_token: bool) -> TokenLoader:

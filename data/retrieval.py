@@ -91,10 +91,10 @@ def count_tokens(tokens):
 
 
 def _by_frequency(counts_V, delimiter, token_class):
-    """The observed ids of a class, the delimiter left out, by falling count (ties by id): (common, middle), int64.
+    """The observed ids of a class, the delimiter left out, by falling count (ties by id): (common, middle, rare), int64.
 
     Of n ids, `middle` are ranks sqrt(n) to n**0.85, at least 8: without the commonest, which every text is full of, and without
-    the rare tail, whose embeddings are hardly trained.
+    the rare tail, of which a text says little.
     """
     counts_V = np.array(counts_V, dtype=np.int64)
     ids = np.arange(len(counts_V))
@@ -107,7 +107,7 @@ def _by_frequency(counts_V, delimiter, token_class):
             f"the text has {len(ranked)} different tokens of one of the four classes (keys and values, of training and of "
             f"evaluation), too few for {MIN_IDS} of middle frequency; give more text"
         )
-    return ranked[:first], ranked[first:last]
+    return ranked[:first], ranked[first:last], ranked[last:]
 
 
 def word_pools(counts_V, delimiter):
@@ -117,10 +117,9 @@ def word_pools(counts_V, delimiter):
 
 
 def trained_words(counts_V, delimiter):
-    """(middle, common), int64, of all classes: what training's keys and values are made of, and its templates. ValueError as
-    for word_pools."""
-    classes = [_by_frequency(counts_V, delimiter, c) for c in range(4)]
-    return np.concatenate([middle for _, middle in classes]), np.concatenate([common for common, _ in classes])
+    """(common, middle, rare), int64, of all classes: training's templates are made of the first, its keys of the second, its
+    values of the last two. ValueError as for word_pools."""
+    return tuple(map(np.concatenate, zip(*(_by_frequency(counts_V, delimiter, c) for c in range(4)), strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +215,7 @@ class Mixer:
 
     def __init__(self, share, seed, counts_V, delimiter):
         self.share, self.seed, self.delimiter = share, seed, delimiter
-        self.middle_ids, common_ids = trained_words(counts_V, delimiter)
+        common_ids, self.middle_ids, self.rare_ids = trained_words(counts_V, delimiter)
         self.middle_class = token_classes(self.middle_ids) << 32
         self.common_ids = common_ids.tolist()  # a list: faster to draw from
         self.class_V = token_classes(np.arange(1 << 16)).astype(np.uint8).tobytes()
@@ -224,7 +223,8 @@ class Mixer:
     def policy(self) -> str:
         return (
             f"retrieval mix: {self.share:.1%} of the training tokens, {PASSAGES:.0%} of them in copied passages; "
-            f"{len(self.middle_ids)} tokens for keys and values beside the text's, {len(self.common_ids)} for templates; "
+            f"keys of {len(self.middle_ids)} tokens, values of those, {len(self.rare_ids)} rarer ones and the text, templates of "
+            f"{len(self.common_ids)}; "
             "validation text is left as it is"
         )
 
@@ -309,7 +309,8 @@ class _Draft:
         self.taken = bytearray(len(tokens))  # by pieces, and by the text that passages copy
         shuffled = mixer.middle_class + mixer.middle_ids * (2 * self.below(1 << 31) + 1) % (1 << 32)  # class by class
         ids = mixer.middle_ids[np.argsort(shuffled)]
-        keys, values = ids[0::4], ids[1::4]
+        rare = mixer.rare_ids[mixer.rare_ids * (2 * self.below(1 << 31) + 1) >> 30 & 3 == 0]  # a quarter of them
+        keys, values = ids[0::4], np.concatenate([ids[1::4], rare])
         self.key_ids, self.value_ids = keys.tolist(), values.tolist()
         is_key_V = np.zeros(1 << 16, dtype=bool)
         is_key_V[keys] = True

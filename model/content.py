@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import BLOCK, BlockLists, Documents
-from model.selection import Claims, admit, append_claims, ask, content_lists, odds_floor, search
+from model.selection import Claims, admit, append_claims, ask, content_lists, far_end, odds_floor, search
 
 TAPS = 4  # tokens that a pointer head's query and key see
 LEAST_PAST = 512  # tokens of its document that a sampled row must have behind it
@@ -42,8 +42,9 @@ class ContentShape:
 
     @property
     def target(self) -> int:
-        """Claims of a block at which its threshold aims."""
-        return max(1, 3 * self.far_blocks // 4)
+        """Claims of a block at which its threshold aims: three quarters of what its slots hold, two to a claim with its
+        follower."""
+        return max(1, 3 * self.far_blocks // (4 if self.pooled else 8))
 
 
 class Landmarks(NamedTuple):
@@ -59,7 +60,7 @@ class Pointing(NamedTuple):
     claims: Claims  # of the pointer heads
     refused_BPN: Tensor  # tokens that found no slot for a claim
     log_odds_BPNR: Tensor  # of every asking token's best block
-    asked_BPT: Tensor | None  # in training: the share of its past's weight that a token's best far block has
+    asked_BPT: Tensor | None  # in training: the squared share of its past's weight that a token's best far block has
 
 
 class Rows(NamedTuple):
@@ -145,7 +146,8 @@ class ContentPointers(nn.Module):
         else:
             asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory, s.ask_pacing)
         found = search(marks.p_BTPr, marks.l_BTPr, asking, documents, state.local_blocks, state.global_blocks)
-        claims, refused = admit(found, asking, s.far_blocks, s.target, s.claim_pacing, s.memory, odds_floor(documents, s.floor))
+        last_N = None if s.pooled else far_end(documents, state.local_blocks)
+        claims, refused = admit(found, asking, s.far_blocks, s.target, s.claim_pacing, s.memory, odds_floor(documents, s.floor), last_N)
         num, refused = (torch.where(state.radius < 0, 0, x) for x in (claims.num_BHN, refused))
         claims = Claims(num, claims.block_BHNW, claims.time_BHNW)
         if offsets is not None:
@@ -153,7 +155,7 @@ class ContentPointers(nn.Module):
         else:
             lists = content_lists(claims, documents, state.local_blocks, state.global_blocks, window, list_shape.local_blocks,
                                   list_shape.global_blocks, window_slots, heads)
-        asked = found.log_odds_BHNR.sigmoid().flatten(2) if self.training and not s.pooled else None
+        asked = found.log_odds_BHNR.sigmoid().square().flatten(2) if self.training and not s.pooled else None
         return Pointing(lists, claims, refused, found.log_odds_BHNR, asked)
 
     def losses(self, marks: Landmarks, found: Pointing, q_BTHD: Tensor, k_BTHD: Tensor, rows: Rows) -> Tensor:

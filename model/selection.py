@@ -34,7 +34,7 @@ class Found(NamedTuple):
 
 
 class Claims(NamedTuple):
-    """The far blocks that a tile reads, in the order in which its tokens claimed them: `time` ascends."""
+    """The far blocks that a tile reads, in the order in which its tokens claimed them: `time` never falls."""
 
     num_BHN: Tensor  # int32, how many of the W slots count
     block_BHNW: Tensor  # int32; 0 in unused slots
@@ -178,23 +178,23 @@ def search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, documents: Document
 
 
 @torch.library.custom_op("scope::admit", mutates_args=())
-def _admit(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, slots: int, rank: int, pacing: float,
-           memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _admit(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, last_N: Tensor, slots: int, rank: int,
+           pacing: float, memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if block_BHNR.is_cuda:
         from model.selection_triton import admit_claims
 
-        return admit_claims(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, slots, rank, pacing, memory)
-    return admit_plain(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, slots, rank, pacing, memory)
+        return admit_claims(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, last_N, slots, rank, pacing, memory)
+    return admit_plain(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, last_N, slots, rank, pacing, memory)
 
 
 @_admit.register_fake
-def _(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, slots, rank, pacing, memory):
+def _(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, last_N, slots, rank, pacing, memory):
     rows = block_BHNR.shape[:3]
     return tuple(block_BHNR.new_empty(*rows, *width) for width in ((), (slots,), (slots,), ()))
 
 
-def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, slots: int, rank: int,
-                pacing: float, memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, last_N: Tensor, slots: int,
+                rank: int, pacing: float, memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The oracle of the admission, on any device: one asker of every tile after the other."""
     B, H, N, R = block_BHNR.shape
     device = block_BHNR.device
@@ -208,29 +208,32 @@ def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, flo
     threshold_BHN = _mean_before(nth_BHN, memory)
 
     slot = torch.arange(slots, device=device)
-    num, refused = torch.zeros(2, B, H, N, device=device, dtype=torch.int32)
+    num, claims, refused = torch.zeros(3, B, H, N, device=device, dtype=torch.int32)
     claimed = torch.full((B, H, N, slots), -1, device=device, dtype=torch.int32)
     time = torch.full_like(claimed, BLOCK)
     for block, odds, x in zip(block_BHNR.unbind(-1), log_odds_BHNR.unbind(-1), ask_BHNR.unbind(-1), strict=True):
-        bar = threshold_BHN + pacing * (num / rank - x / BLOCK)
-        listed = (claimed == block[..., None]).any(-1)
-        wants = (block >= 0) & (odds > bar) & (odds > floor_N) & ~listed
+        bar = threshold_BHN + pacing * (claims / rank - x / BLOCK)
+        wants = (block >= 0) & (odds > bar) & (odds > floor_N) & ~(claimed == block[..., None]).any(-1)
         takes = wants & (num < slots)
-        here = takes[..., None] & (slot == num[..., None])
-        claimed, time = torch.where(here, block[..., None], claimed), torch.where(here, x[..., None], time)
-        num, refused = num + takes.int(), refused + (wants & ~takes).int()
+        claims, refused = claims + takes.int(), refused + (wants & ~takes).int()
+        for taken, one in ((block, takes), (block + 1, takes & (block < last_N))):
+            one = one & (num < slots) & ~(claimed == taken[..., None]).any(-1)
+            here = one[..., None] & (slot == num[..., None])
+            claimed, time = torch.where(here, taken[..., None], claimed), torch.where(here, x[..., None], time)
+            num = num + one.int()
     return num, claimed.clamp(min=0), time, refused
 
 
 def admit(found: Found, ask_BHNR: Tensor, slots: int, rank: int, pacing: float = 2.0, memory: int = 8,
-          floor_N: Tensor | None = None) -> tuple[Claims, Tensor]:
+          floor_N: Tensor | None = None, last_N: Tensor | None = None) -> tuple[Claims, Tensor]:
     """Which tokens claim their best block; and, int32 [B, H, N], how many of a tile find no slot left.
 
     The threshold of a tile is the mean, over the `memory` tiles before, of the `rank`-th largest log-odds of a found block
     (a block counts once, with its highest; tiles that found fewer do not count; no such tile: no threshold). In token
-    order, the token at position x with c claims before it claims its block if no one has, c < slots, and its log-odds
-    exceed threshold + pacing * (c / rank - x / BLOCK) as well as the tile's floor (float32, nats), which keeps heads that
-    retrieve nothing from reading.
+    order, the token at position x with c claims before it claims its block if no slot holds it, one is free, and its
+    log-odds exceed threshold + pacing * (c / rank - x / BLOCK) as well as the tile's floor (float32, nats), which keeps heads
+    that retrieve nothing from reading. With last_N (int32), the last block that each tile may claim, a claim also takes the
+    block behind its own, into a free slot of its own, up to that last one: what begins near a block's end goes on there.
     """
     if slots < 1 or slots & (slots - 1) or slots > MAX_CLAIMS:
         raise ValueError(f"{slots} slots for claims are no power of two of at most {MAX_CLAIMS}")
@@ -241,7 +244,9 @@ def admit(found: Found, ask_BHNR: Tensor, slots: int, rank: int, pacing: float =
                          f"{list(ask_BHNR.shape)} must have one shape")
     if floor_N is None:
         floor_N = torch.full(ask_BHNR.shape[2:3], float("-inf"), device=ask_BHNR.device)
-    *claims, refused_BHN = _admit(found.block_BHNR, found.log_odds_BHNR, ask_BHNR, floor_N, slots, rank, pacing, memory)
+    if last_N is None:
+        last_N = torch.full_like(floor_N, -1, dtype=torch.int32)
+    *claims, refused_BHN = _admit(found.block_BHNR, found.log_odds_BHNR, ask_BHNR, floor_N, last_N, slots, rank, pacing, memory)
     return Claims(*claims), refused_BHN
 
 
@@ -250,6 +255,12 @@ def odds_floor(documents: Documents, floor: float) -> Tensor:
     logarithm of the past, and a constant would stop all reading of long contexts."""
     past_N = torch.arange(len(documents.start_block_N), device=documents.id_T.device) - documents.start_block_N
     return floor - past_N.clamp(min=1).float().log()
+
+
+def far_end(documents: Documents, local: Tensor) -> Tensor:
+    """int32 [N], the last far block of each tile: behind it lies the local band."""
+    start_N = documents.start_block_N
+    return torch.arange(len(start_N), device=start_N.device, dtype=torch.int32) - local
 
 
 # ---------------------------------------------------------------------------------------------------------------------

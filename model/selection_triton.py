@@ -259,40 +259,45 @@ def _nth_odds_kernel(block_ptr, odds_ptr, nth_ptr, NTH: tl.constexpr, R: tl.cons
 
 
 @triton.jit
-def _admit_kernel(block_ptr, odds_ptr, ask_ptr, nth_ptr, floor_ptr, num_ptr, claim_ptr, time_ptr, refused_ptr, N, rank,
+def _admit_kernel(block_ptr, odds_ptr, ask_ptr, nth_ptr, floor_ptr, last_ptr, num_ptr, claim_ptr, time_ptr, refused_ptr, N, rank,
                   pacing, MEMORY: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
     """One tile: its askers in token order, the claims so far in registers."""
     row, slot = tl.program_id(0).to(tl.int64), tl.arange(0, W)
-    threshold, floor = _mean_before(nth_ptr, row, row % N, MEMORY), tl.load(floor_ptr + row % N)
+    threshold = _mean_before(nth_ptr, row, row % N, MEMORY)
+    floor, last = tl.load(floor_ptr + row % N), tl.load(last_ptr + row % N)
     claimed, time = tl.full([W], -1, tl.int32), tl.full([W], BLOCK, tl.int32)
-    num, refused = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    num, claims, refused = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for i in range(R):
         block, odds = tl.load(block_ptr + row * R + i), tl.load(odds_ptr + row * R + i)
         x = tl.load(ask_ptr + row * R + i)
-        bar = threshold + pacing * (tl.div_rn(num.to(tl.float32), rank) - x.to(tl.float32) / BLOCK)
-        listed = tl.max((claimed == block).to(tl.int32), 0) > 0
-        wants = (block >= 0) & (odds > bar) & (odds > floor) & ~listed
+        bar = threshold + pacing * (tl.div_rn(claims.to(tl.float32), rank) - x.to(tl.float32) / BLOCK)
+        wants = (block >= 0) & (odds > bar) & (odds > floor) & (tl.max((claimed == block).to(tl.int32), 0) == 0)
         takes = wants & (num < W)
+        claims += takes.to(tl.int32)
+        refused += (wants & ~takes).to(tl.int32)
         here = takes & (slot == num)
         claimed, time = tl.where(here, block, claimed), tl.where(here, x, time)
         num += takes.to(tl.int32)
-        refused += (wants & ~takes).to(tl.int32)
+        follows = takes & (block < last) & (num < W) & (tl.max((claimed == block + 1).to(tl.int32), 0) == 0)
+        here = follows & (slot == num)
+        claimed, time = tl.where(here, block + 1, claimed), tl.where(here, x, time)
+        num += follows.to(tl.int32)
     tl.store(num_ptr + row, num)
     tl.store(refused_ptr + row, refused)
     tl.store(claim_ptr + row * W + slot, tl.maximum(claimed, 0))
     tl.store(time_ptr + row * W + slot, time)
 
 
-def admit_claims(block_BHNR: Tensor, odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, slots: int, rank: int,
-                 pacing: float, memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def admit_claims(block_BHNR: Tensor, odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, last_N: Tensor, slots: int,
+                 rank: int, pacing: float, memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, N, R = block_BHNR.shape
     block, odds, asks = block_BHNR.contiguous(), odds_BHNR.contiguous(), ask_BHNR.contiguous()
     nth = torch.empty(B, H, N, device=odds.device, dtype=torch.float32)
     num, refused = (torch.empty(B, H, N, device=odds.device, dtype=torch.int32) for _ in range(2))
     claim, time = (torch.empty(B, H, N, slots, device=odds.device, dtype=torch.int32) for _ in range(2))
     _nth_odds_kernel[(B * H * N,)](block, odds, nth, rank, R, num_warps=4)
-    _admit_kernel[(B * H * N,)](block, odds, asks, nth, floor_N.contiguous(), num, claim, time, refused, N, float(rank),
-                                pacing, memory, R, slots, BLOCK, num_warps=1)
+    _admit_kernel[(B * H * N,)](block, odds, asks, nth, floor_N.contiguous(), last_N.contiguous(), num, claim, time, refused, N,
+                                float(rank), pacing, memory, R, slots, BLOCK, num_warps=1)
     return num, claim, time, refused
 
 

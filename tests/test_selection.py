@@ -16,6 +16,7 @@ from model.selection import (
     append_claims,
     ask,
     content_lists,
+    far_end,
     odds_floor,
     search,
     search_plain,
@@ -235,23 +236,26 @@ def test_search_kernel_takes_any_scale(scale):
 # Admission and lists
 
 
-def loop_admit(found, asks, slots, rank, pacing, memory, floors):
+def loop_admit(found, asks, slots, rank, pacing, memory, floors, lasts):
     """One head: (claims [(block, time)], tokens refused) of every tile."""
     nths, out = [], []
-    for blocks, odds, xs, floor in zip(*(t.tolist() for t in (*found, asks)), floors, strict=True):
+    for blocks, odds, xs, floor, last in zip(*(t.tolist() for t in (*found, asks)), floors, lasts, strict=True):
         recent = [v for v in nths[-memory:] if v > -math.inf]
         threshold = sum(recent) / len(recent) if recent else -math.inf
-        claims, refused, highest = [], 0, {}
+        claims, takers, refused, highest = [], 0, 0, {}
         for b, u, x in zip(blocks, odds, xs, strict=True):
             if b < 0:
                 continue
             highest[b] = max(u, highest.get(b, -math.inf))
-            if b in [c for c, _ in claims] or u <= threshold + pacing * (len(claims) / rank - x / BLOCK) or u <= floor:
+            if b in [c for c, _ in claims] or u <= threshold + pacing * (takers / rank - x / BLOCK) or u <= floor:
                 continue
-            if len(claims) < slots:
-                claims.append((b, x))
-            else:
+            if len(claims) == slots:
                 refused += 1
+                continue
+            takers += 1
+            claims.append((b, x))
+            if b + 1 <= last and len(claims) < slots and b + 1 not in [c for c, _ in claims]:
+                claims.append((b + 1, x))
         best = sorted(highest.values(), reverse=True)
         nths.append(best[rank - 1] if len(best) >= rank else -math.inf)
         out.append((claims, refused))
@@ -272,16 +276,18 @@ ADMISSIONS = [(9, 2, 16, 4, 3, 2.0, 2, -math.inf), (7, 1, 32, 16, 12, 2.0, 8, -m
               (3, 1, 16, 1, 1, 2.0, 1, math.inf)]
 
 
+@pytest.mark.parametrize("follow", [None, -1, 20])
 @pytest.mark.parametrize("case", ADMISSIONS)
-def test_admission_against_a_loop(case):
+def test_admission_against_a_loop(case, follow):
     N, H, R, slots, rank, pacing, memory, floor = case
     found, asks = random_found(N, H, R, seed=N, blocks=2 * rank)
     floor_N = floor - 0.3 * torch.arange(N, device=DEVICE)
-    claims, refused = admit(found, asks, slots, rank, pacing, memory, floor_N)
+    last_N = None if follow is None else torch.arange(N, device=DEVICE, dtype=torch.int32) + follow
+    claims, refused = admit(found, asks, slots, rank, pacing, memory, floor_N, last_N)
     assert [x.dtype for x in (*claims, refused)] == [torch.int32] * 4
     for h in range(H):
         rows = loop_admit(Found(*(x[0, h].cpu() for x in found)), asks[0, h].cpu(), slots, rank, pacing, memory,
-                          floor_N.tolist())
+                          floor_N.tolist(), [-1] * N if follow is None else last_N.tolist())
         for n, (row, left_out) in enumerate(rows):
             assert refused[0, h, n] == left_out
             num, block, time = (x[0, h, n].cpu().tolist() for x in claims)
@@ -295,7 +301,8 @@ def test_admission_against_a_loop(case):
 def test_admission_kernel_equals_the_plain_one(case):
     N, H, R, slots, rank, pacing, memory, floor = case
     found, asks = random_found(N, H, R, seed=N + 50, blocks=2 * rank)
-    rule = (floor - 0.3 * torch.arange(N, device=DEVICE), slots, rank, pacing, memory)
+    rule = (floor - 0.3 * torch.arange(N, device=DEVICE), torch.arange(N, device=DEVICE, dtype=torch.int32) + N // 2, slots, rank,
+            pacing, memory)
     kernel, plain = kernels().admit_claims(*found, asks, *rule), admit_plain(*found, asks, *rule)
     assert all(torch.equal(a, b) for a, b in zip(kernel, plain, strict=True))
 
@@ -451,7 +458,7 @@ def test_operators_keep_the_compilers_contract():
     found = search(p, l, asks, documents, local, globals_)
     claims, _ = admit(found, asks, 4, 3)
     calls = [(ops.ask, (score, 16, 8, 2.0)), (ops.search, (p, l, asks, *documents, local, globals_)),
-             (ops.admit, (*found, asks, odds_floor(documents, 0.0), 4, 3, 2.0, 8)),
+             (ops.admit, (*found, asks, odds_floor(documents, 0.0), far_end(documents, local), 4, 3, 2.0, 8)),
              (ops.content_lists, (*claims, documents.start_block_N, local, globals_, local, 2, 1, 2, 3))]
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments)
