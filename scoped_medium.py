@@ -183,6 +183,7 @@ class Config:
     spectral_window_hold: float = _spectral(0.0, "share of the steps before the sliding windows grow beyond 2 blocks: what "
                                                  "lies farther, pointers alone can reach, and so they learn", low=0, high=0.99)
     spectral_pointer_heads: int = _spectral(1, "content: heads of a layer that search and read far blocks", low=1)
+    spectral_pointer_share: bool = _spectral(False, "content: all heads of the layer read the far blocks that are found")
     spectral_pointer_far_blocks: int = _spectral(16, "content: far blocks that a query block reads at most", low=1, high=32)
     spectral_pointer_near_blocks: int = _spectral(4, "content: local band of the heads that search, blocks; few, or they learn "
                                                      "to search no further (mixed: SPECTRAL_POINTER_LOCAL_BLOCKS)", low=1)
@@ -395,7 +396,8 @@ class Config:
     def content_shape(self) -> ContentShape:
         return ContentShape(self.spectral_pointer_heads, self.head_dim, self.model_dim, self.spectral_landmark_dim,
                             self.spectral_pointer_asking, self.spectral_pointer_far_blocks,
-                            -math.inf if self.pooled else self.spectral_pointer_floor, pooled=self.pooled)
+                            -math.inf if self.pooled else self.spectral_pointer_floor, shared=self.spectral_pointer_share,
+                            pooled=self.pooled)
 
     def spectral_layer_ids(self) -> set[int]:
         """Layers with the bias, the pointers, or both."""
@@ -972,7 +974,8 @@ class Schedule(NamedTuple):
         if layer in c.spectral_layer_ids() and c.spectral_use_pointer_mask:
             if c.dense:
                 return c.train_seq_len // BLOCK
-            far = c.spectral_pointer_far_blocks * c.spectral_pointer_heads if c.content_pointers else 0  # of all heads
+            readers = c.num_heads if c.spectral_pointer_share else c.spectral_pointer_heads
+            far = c.spectral_pointer_far_blocks * readers if c.content_pointers else 0  # of all heads
             if c.pointer_source in ("content", "pooled"):
                 near = (c.pointer_band + self.global_blocks) * c.spectral_pointer_heads
                 return (near + far + self.window(layer) * (c.num_heads - c.spectral_pointer_heads)) // c.num_heads

@@ -256,10 +256,10 @@ def listed(setting: Setting, backend: str, layout: str | None, window: bool = Fa
         both_directions=lambda x: select(x.delta_BHTM, x.documents, True))
 
 
-def content(setting: Setting, tokens: int, backend: str = "triton") -> Cell:
-    """Content pointers: `tokens` of a block search. No log-odds are too low here, so on random data the threshold of the blocks
-    before fills the lists. `ms` holds the selection too."""
-    shape = ContentShape(head_dim=D, asking=tokens, floor=-math.inf)
+def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool = False) -> Cell:
+    """Content pointers: `tokens` of a block search; `shared`: all heads read what is found. No log-odds are too low here, so on
+    random data the threshold of the blocks before fills the lists. `ms` holds the selection too."""
+    shape = ContentShape(head_dim=D, asking=tokens, floor=-math.inf, shared=shared)
     module = ContentPointers(shape, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(module.w_ask, generator=torch.Generator().manual_seed(1))
     module = module.to(setting.device).eval()
@@ -294,8 +294,8 @@ def content(setting: Setting, tokens: int, backend: str = "triton") -> Cell:
         everything=setting.run(lambda x: layer(*x[:3], x.documents), lambda x: (*x[:3], *learnt)),
         select=lambda x: select(x.coefficients, x.documents, setting.backward),
         both_directions=lambda x: select(x.coefficients, x.documents, True),
-        note=f"pointer heads: {shape.heads}, up to {shape.far_blocks} far blocks, {tokens} of {BLOCK} tokens search; selection "
-             f"inside ms")
+        note=f"pointer heads: {shape.heads}{' (all read what is found)' if shared else ''}, up to {shape.far_blocks} far "
+             f"blocks, {tokens} of {BLOCK} tokens search; selection inside ms")
 
 
 def dense(setting: Setting, kernel: SDPBackend) -> Cell:
@@ -350,6 +350,7 @@ VARIANTS: dict[str, Callable[[Setting], Cell]] = {
     "triton_fold": lambda s: listed(s, "triton", "fold"),
     "triton_nobias": lambda s: listed(s, "triton", None),
     "content": lambda s: content(s, ContentShape.asking),
+    "content_shared": lambda s: content(s, ContentShape.asking, shared=True),
     "content_exact": lambda s: content(s, BLOCK),
     "flex_append": lambda s: listed(s, "flex", "append"),
     "flex_fold": lambda s: listed(s, "flex", "fold"),

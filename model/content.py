@@ -35,6 +35,7 @@ class ContentShape:
     far_blocks: int = 16  # W, blocks that a query block may claim
     floor: float = 2.0  # log-odds, over those of an average block of the past, below which nothing is claimed
     rows: int = 128  # S
+    shared: bool = False  # all heads of the layer read the claims, not the pointer heads alone
     pooled: bool = False  # no landmarks: the mean over a block of its keys' non-rotating dimensions, for comparison
     ask_pacing: float = 8.0  # nats; the slots of a tile that has more to ask than those before must last to its end
     claim_pacing: float = 2.0  # nats
@@ -60,7 +61,7 @@ class Pointing(NamedTuple):
     claims: Claims  # of the pointer heads
     refused_BPN: Tensor  # tokens that found no slot for a claim
     log_odds_BPNR: Tensor  # of every asking token's best block
-    asked_BPT: Tensor | None  # in training: the squared share of its past's weight that a token's best far block has
+    asked_BPT: Tensor | None  # in training: what each token's search was worth, in [0, 1]
 
 
 class Rows(NamedTuple):
@@ -139,7 +140,8 @@ class ContentPointers(nn.Module):
               offsets: BlockLists | None = None) -> Pointing:
         """Pointer heads read the local band, the anchors and their claims, the other heads a sliding window of `window` blocks
         (int32 scalar, at most `window_slots`); with `offsets`, the lists of predicted offsets, all of the `heads` read those,
-        and the pointer heads their claims too. `state` is a PointerState, whose negative radius switches the claims off."""
+        and the pointer heads their claims too. Shared claims are read by all heads, those of head h % P by head h. `state` is a
+        PointerState, whose negative radius switches the claims off."""
         s = self.shape
         if s.pooled:  # all tokens ask
             asking = ask(torch.zeros(marks.p_BTPr.shape[:3], device=marks.p_BTPr.device).transpose(1, 2), BLOCK)
@@ -147,16 +149,25 @@ class ContentPointers(nn.Module):
             asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory, s.ask_pacing)
         found = search(marks.p_BTPr, marks.l_BTPr, asking, documents, state.local_blocks, state.global_blocks)
         last_N = None if s.pooled else far_end(documents, state.local_blocks)
-        claims, refused = admit(found, asking, s.far_blocks, s.target, s.claim_pacing, s.memory, odds_floor(documents, s.floor), last_N)
+        claims, refused = admit(found, asking, s.far_blocks, s.target, s.claim_pacing, s.memory, odds_floor(documents, s.floor),
+                                last_N)
         num, refused = (torch.where(state.radius < 0, 0, x) for x in (claims.num_BHN, refused))
         claims = Claims(num, claims.block_BHNW, claims.time_BHNW)
         if offsets is not None:
-            lists = append_claims(offsets, claims)
+            readers = torch.arange(heads if s.shared else s.heads, device=num.device) % s.heads
+            lists = append_claims(offsets, Claims(*(x[:, readers] for x in claims)))
         else:
             lists = content_lists(claims, documents, state.local_blocks, state.global_blocks, window, list_shape.local_blocks,
-                                  list_shape.global_blocks, window_slots, heads)
-        asked = found.log_odds_BHNR.sigmoid().square().flatten(2) if self.training and not s.pooled else None
+                                  list_shape.global_blocks, window_slots, heads, s.shared)
+        asked = self.worth(found.log_odds_BHNR, claims.time_BHNW) if self.training and not s.pooled else None
         return Pointing(lists, claims, refused, found.log_odds_BHNR, asked)
+
+    @staticmethod
+    def worth(log_odds_BHNR: Tensor, time_BHNW: Tensor) -> Tensor:
+        """[B, H, T], what every token's search was good for, where all search: the square of its find's share of the past, as
+        many unsure finds are not worth a sure one; a quarter of it where the token claimed nothing, as one before it had."""
+        claims = torch.zeros(*time_BHNW.shape[:3], BLOCK + 1, device=time_BHNW.device).scatter(-1, time_BHNW.long(), 1)
+        return (log_odds_BHNR.sigmoid().square() * (0.25 + 0.75 * claims[..., :BLOCK])).flatten(2)
 
     def losses(self, marks: Landmarks, found: Pointing, q_BTHD: Tensor, k_BTHD: Tensor, rows: Rows) -> Tensor:
         """[2], in the order of LOSSES; their gradients reach this module's parameters alone, taps excepted.

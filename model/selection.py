@@ -270,22 +270,25 @@ def far_end(documents: Documents, local: Tensor) -> Tensor:
 @torch.library.custom_op("scope::content_lists", mutates_args=())
 def _content_lists(num_BHN: Tensor, block_BHNW: Tensor, time_BHNW: Tensor, start_block_N: Tensor, local: Tensor,
                    globals_: Tensor, window: Tensor, local_slots: int, global_slots: int, window_slots: int,
-                   heads: int) -> tuple[Tensor, Tensor, Tensor]:
+                   heads: int, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
     if num_BHN.is_cuda:
         from model.selection_triton import write_lists
 
         return write_lists(num_BHN, block_BHNW, time_BHNW, start_block_N, local, globals_, window, local_slots, global_slots,
-                           window_slots, heads)
+                           window_slots, heads, shared)
     B, Hp, N, W = block_BHNW.shape
-    own = torch.arange(N, device=num_BHN.device)
-    points = torch.arange(heads, device=num_BHN.device)[:, None] < Hp
-    width = list_width(local_slots, global_slots, window_slots, W, N)
-    num_claims = pad(num_BHN, (0, 0, 0, heads - Hp))[..., None]  # none for the other heads
-    claim_block, claim_time = (pad(x, (0, 0, 0, 0, 0, heads - Hp)) for x in (block_BHNW, time_BHNW))
+    own, head = torch.arange(N, device=num_BHN.device), torch.arange(heads, device=num_BHN.device)
+    points = head[:, None] < Hp
+    width = list_width(local_slots, global_slots, window_slots, W, N, shared)
     reach = own - start_block_N + 1  # blocks of the document so far
     band = torch.where(points, local.clamp(1, local_slots), window.clamp(1, window_slots)).minimum(reach)  # [H, N]
     fixed = band + torch.where(points, globals_.clamp(0, global_slots), 0).minimum(reach - band)
     band, fixed = band[..., None], fixed[..., None]
+    claim_block, claim_time = block_BHNW[:, head % Hp], time_BHNW[:, head % Hp]
+    kept = torch.arange(W, device=num_BHN.device) < num_BHN[:, head % Hp, :, None]
+    kept &= points[..., None] | ((claim_block <= own[:, None] - band) if shared else False)  # what the window does not hold
+    num_claims, order = kept.sum(-1, keepdim=True, dtype=torch.int32), (~kept).int().argsort(dim=-1, stable=True)
+    claim_block, claim_time = claim_block.gather(-1, order), claim_time.gather(-1, order)
     slot = torch.arange(width, device=num_BHN.device)
     claim = (slot - fixed).clamp(0, W - 1).expand(B, heads, N, width)
     is_claim = (slot >= fixed) & (slot < fixed + num_claims)
@@ -298,24 +301,26 @@ def _content_lists(num_BHN: Tensor, block_BHNW: Tensor, time_BHNW: Tensor, start
 
 
 @_content_lists.register_fake
-def _(num_BHN, block_BHNW, time_BHNW, start_block_N, local, globals_, window, local_slots, global_slots, window_slots, heads):
+def _(num_BHN, block_BHNW, time_BHNW, start_block_N, local, globals_, window, local_slots, global_slots, window_slots, heads,
+      shared):
     B, _, N, W = block_BHNW.shape
-    width = list_width(local_slots, global_slots, window_slots, W, N)
+    width = list_width(local_slots, global_slots, window_slots, W, N, shared)
     return (num_BHN.new_empty(B, heads, N), num_BHN.new_empty(B, heads, N, width),
             num_BHN.new_empty(B, heads, N * BLOCK, -(-width // 32)))
 
 
-def list_width(local_slots: int, global_slots: int, window_slots: int, claims: int, blocks: int) -> int:
-    return min(max(local_slots + global_slots + claims, window_slots), blocks)
+def list_width(local_slots: int, global_slots: int, window_slots: int, claims: int, blocks: int, shared: bool = False) -> int:
+    return min(max(local_slots + global_slots + claims, window_slots + (claims if shared else 0)), blocks)
 
 
 def content_lists(claims: Claims, documents: Documents, local: Tensor, globals_: Tensor, window: Tensor, local_slots: int,
-                  global_slots: int, window_slots: int, heads: int) -> BlockLists:
+                  global_slots: int, window_slots: int, heads: int, shared: bool = False) -> BlockLists:
     """The lists of all `heads` attention heads. The first ones, one of `claims` each: the local band (own block, the one
     before, ..., at most `local`), the anchors (the document's first `globals_` blocks, where the band does not hold them), and
     the claims, seen from the claiming token on; ids are distinct if the claims come from a `search` with the same `local` and
-    `globals_`. The other heads: a sliding window of `window` blocks. The three are int32 scalars on the device, of at most so
-    many slots; the width is that of the wider kind, whatever the schedule says."""
+    `globals_`. The other heads: a sliding window of `window` blocks, and where claims are `shared`, those of head h % P, P
+    pointer heads, that the window does not hold. The three are int32 scalars on the device, of at most so many slots; the
+    width is that of the wider kind, whatever the schedule says."""
     Hp = claims.num_BHN.size(1)
     if heads < Hp:
         raise ValueError(f"{heads} attention heads cannot hold the claims of {Hp} pointer heads")
@@ -323,7 +328,7 @@ def content_lists(claims: Claims, documents: Documents, local: Tensor, globals_:
         raise ValueError(f"{local_slots} local, {global_slots} global and {window_slots} window slots: at least 1, 0 and 1 are "
                          f"needed")
     return BlockLists(*_content_lists(*claims, documents.start_block_N, local, globals_, window, local_slots, global_slots,
-                                      window_slots, heads))
+                                      window_slots, heads, shared))
 
 
 @torch.library.custom_op("scope::append_claims", mutates_args=())

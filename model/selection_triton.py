@@ -259,8 +259,8 @@ def _nth_odds_kernel(block_ptr, odds_ptr, nth_ptr, NTH: tl.constexpr, R: tl.cons
 
 
 @triton.jit
-def _admit_kernel(block_ptr, odds_ptr, ask_ptr, nth_ptr, floor_ptr, last_ptr, num_ptr, claim_ptr, time_ptr, refused_ptr, N, rank,
-                  pacing, MEMORY: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
+def _admit_kernel(block_ptr, odds_ptr, ask_ptr, nth_ptr, floor_ptr, last_ptr, num_ptr, claim_ptr, time_ptr, refused_ptr, N,
+                  rank, pacing, MEMORY: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
     """One tile: its askers in token order, the claims so far in registers."""
     row, slot = tl.program_id(0).to(tl.int64), tl.arange(0, W)
     threshold = _mean_before(nth_ptr, row, row % N, MEMORY)
@@ -308,12 +308,12 @@ def admit_claims(block_BHNR: Tensor, odds_BHNR: Tensor, ask_BHNR: Tensor, floor_
 @triton.jit
 def _lists_kernel(claims_ptr, claim_ptr, time_ptr, start_ptr, local_ptr, globals_ptr, window_ptr, num_ptr, idx_ptr, seen_ptr,
                   H, Hp, N, LOCAL: tl.constexpr, GLOBALS: tl.constexpr, WINDOW: tl.constexpr, W: tl.constexpr,
-                  WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+                  WIDTH: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr):
     """One row of `selection.content_lists`; SLOTS is WIDTH or more, a power of two."""
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     row = bh.to(tl.int64) * N + n
-    claims_row = (b * Hp + h).to(tl.int64) * N + n
+    claims_row = (b * Hp + h % Hp).to(tl.int64) * N + n
     start = tl.load(start_ptr + n)
     if h < Hp:
         band = tl.minimum(tl.minimum(tl.maximum(tl.load(local_ptr), 1), LOCAL), n - start + 1)
@@ -322,17 +322,20 @@ def _lists_kernel(claims_ptr, claim_ptr, time_ptr, start_ptr, local_ptr, globals
         band = tl.minimum(tl.minimum(tl.maximum(tl.load(window_ptr), 1), WINDOW), n - start + 1)
         anchors = 0
     fixed = band + anchors
-    claims = tl.load(claims_ptr + claims_row, mask=h < Hp, other=0)
-    slot = tl.arange(0, SLOTS)
-    claim = slot - fixed
-    block = tl.load(claim_ptr + claims_row * W + claim, mask=(claim >= 0) & (claim < claims), other=0)
-    block = tl.where(slot < band, n - slot, tl.where(slot < fixed, start + slot - band, block))
-    tl.store(num_ptr + row, fixed + claims)
-    tl.store(idx_ptr + row * WIDTH + slot, block, mask=slot < WIDTH)
-    x = tl.arange(0, BLOCK)
+    claims = tl.load(claims_ptr + claims_row, mask=(h < Hp) | SHARED, other=0)
+    farthest = tl.where(h < Hp, n, n - band)  # of a claim that the window does not hold
+    slot, x = tl.arange(0, SLOTS), tl.arange(0, BLOCK)
+    idx = tl.where(slot < band, n - slot, tl.where(slot < fixed, start + slot - band, 0))
     seen = tl.zeros([BLOCK], tl.int32) + fixed  # claims are in token order: a token sees a leading run of the slots
+    num = fixed
     for i in range(claims):
-        seen += (tl.load(time_ptr + claims_row * W + i) <= x).to(tl.int32)
+        block = tl.load(claim_ptr + claims_row * W + i)
+        kept = (block <= farthest).to(tl.int32)
+        idx = tl.where((slot == num) & (kept > 0), block, idx)
+        seen += (tl.load(time_ptr + claims_row * W + i) <= x).to(tl.int32) * kept
+        num += kept
+    tl.store(num_ptr + row, num)
+    tl.store(idx_ptr + row * WIDTH + slot, idx, mask=slot < WIDTH)
     WORDS: tl.constexpr = (WIDTH + 31) // 32
     for word in tl.static_range(WORDS):
         bits = tl.minimum(tl.maximum(seen - 32 * word, 0), 32)
@@ -342,14 +345,13 @@ def _lists_kernel(claims_ptr, claim_ptr, time_ptr, start_ptr, local_ptr, globals
 
 def write_lists(num_BHN: Tensor, block_BHNW: Tensor, time_BHNW: Tensor, start_block_N: Tensor, local: Tensor,
                 globals_: Tensor, window: Tensor, local_slots: int, global_slots: int, window_slots: int,
-                heads: int) -> tuple[Tensor, Tensor, Tensor]:
+                heads: int, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
     B, Hp, N, W = block_BHNW.shape
-    width = list_width(local_slots, global_slots, window_slots, W, N)
+    width = list_width(local_slots, global_slots, window_slots, W, N, shared)
     num = torch.empty(B, heads, N, device=num_BHN.device, dtype=torch.int32)
     idx = torch.empty(B, heads, N, width, device=num_BHN.device, dtype=torch.int32)
     seen = torch.empty(B, heads, N * BLOCK, -(-width // 32), device=num_BHN.device, dtype=torch.int32)
     _lists_kernel[(N, B * heads)](num_BHN.contiguous(), block_BHNW.contiguous(), time_BHNW.contiguous(), start_block_N, local,
                                   globals_, window, num, idx, seen, heads, Hp, N, local_slots, global_slots, window_slots, W,
-                                  width,
-                                  triton.next_power_of_2(width), BLOCK, num_warps=1)
+                                  width, triton.next_power_of_2(width), shared, BLOCK, num_warps=1)
     return num, idx, seen

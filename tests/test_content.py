@@ -172,15 +172,18 @@ def test_the_language_model_teaches_landmarks_too():
         out.loss.item() + sum(layer.pointing.losses.sum().item() for layer in out.telemetry), rel=1e-5)
 
 
-def test_far_blocks_are_read_by_the_pointer_heads_alone_and_within_the_budget():
-    model, tokens = model_for(**dict(CONTENT, SPECTRAL_POINTER_NEAR_BLOCKS=2)), documents_of(T, 9, mean_length=10**9)
+@pytest.mark.parametrize("shared", [0, 1])
+def test_far_blocks_are_read_by_the_pointer_heads_or_all_and_within_the_budget(shared):
+    settings = dict(CONTENT, SPECTRAL_POINTER_NEAR_BLOCKS=2, SPECTRAL_POINTER_SHARE=shared, SPECTRAL_WINDOW_HOLD=0.9)
+    model, tokens = model_for(**settings), documents_of(T, 9, mean_length=10**9)
     context = context_of(model, tokens)
     with torch.no_grad():
         telemetry = model.hidden(tokens, context)[1]
     for layer in telemetry:
         far = layer.num_BHN[0, 0] - torch.arange(1, 9).clamp(max=3)  # the band of two and the anchor
-        assert (layer.num_BHN[0, 1] == torch.arange(1, 9).clamp(max=9)).all()  # a window as long as it is at step 60 of 100
-        assert far.max() <= 4 and far[3:].sum() > 0 and torch.equal(far, layer.pointing.claims.num_BHN[0, 0])
+        claimed = layer.pointing.claims.num_BHN[0, 0]
+        assert torch.equal(layer.num_BHN[0, 1], torch.arange(1, 9).clamp(max=2) + shared * claimed)  # a window of two
+        assert far.max() <= 4 and far[3:].sum() > 0 and torch.equal(far, claimed)
     stats = S.scope_stats(telemetry, context.documents, 2)
     assert max(stats["claimed_blocks_max"]) <= 4 and len(stats["landmark_kl"]) == 4
     json.dumps(stats, allow_nan=False)
@@ -225,3 +228,14 @@ def test_refusals(change, message):
     with pytest.raises(S.Stop, match=message):
         config_for(**CONTENT | change)
     assert config_for(**CONTENT).arm == "C" and config_for(**BASE).arm == "A"
+
+
+def test_the_worth_of_a_search():
+    """Square of the share; a quarter of it for a token that claims nothing."""
+    odds = torch.full((1, 1, 2, BLOCK), -math.inf)
+    odds[0, 0, 1, 3], odds[0, 0, 1, 9], odds[0, 0, 1, 127] = 0.0, math.log(3), 30.0
+    time = torch.full((1, 1, 2, 4), BLOCK, dtype=torch.int32)
+    time[0, 0, 1, :3] = torch.tensor([3, 3, 127])
+    worth = ContentPointers.worth(odds, time)[0, 0]
+    assert worth.shape == (2 * BLOCK,) and worth.count_nonzero() == 3
+    assert worth[[BLOCK + 3, BLOCK + 9, 2 * BLOCK - 1]].tolist() == pytest.approx([1 / 4, 9 / 64, 1.0])

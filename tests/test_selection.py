@@ -301,8 +301,8 @@ def test_admission_against_a_loop(case, follow):
 def test_admission_kernel_equals_the_plain_one(case):
     N, H, R, slots, rank, pacing, memory, floor = case
     found, asks = random_found(N, H, R, seed=N + 50, blocks=2 * rank)
-    rule = (floor - 0.3 * torch.arange(N, device=DEVICE), torch.arange(N, device=DEVICE, dtype=torch.int32) + N // 2, slots, rank,
-            pacing, memory)
+    tile_N = torch.arange(N, device=DEVICE, dtype=torch.int32)
+    rule = (floor - 0.3 * tile_N, tile_N + N // 2, slots, rank, pacing, memory)
     kernel, plain = kernels().admit_claims(*found, asks, *rule), admit_plain(*found, asks, *rule)
     assert all(torch.equal(a, b) for a, b in zip(kernel, plain, strict=True))
 
@@ -326,20 +326,24 @@ LISTS = [  # N, pointer heads, heads, W, mean document, local, globals, window, 
     (7, 1, 2, 4, 200, 0, 9, 0, 2, 2, 3), (60, 1, 2, 32, 10**6, 3, 2, 14, 3, 2, 14), (40, 2, 3, 2, 10**6, 9, 1, 20, 4, 1, 14)]
 
 
-def loop_lists(claims, start, h, n, local, globals_, window, local_slots, global_slots, window_slots):
+def loop_lists(claims, start, h, n, local, globals_, window, local_slots, global_slots, window_slots, shared):
     """[(block, seen from position)] of one query block."""
-    if h >= claims.num_BHN.size(1):
-        return [(b, 0) for b in range(n, n - min(max(window, 1), window_slots), -1) if b >= start[n]]
+    Hp = claims.num_BHN.size(1)
+    num, block, time = (x[0, h % Hp, n].tolist() for x in claims)
+    claimed = list(zip(block[:num], time[:num], strict=True))
+    if h >= Hp:
+        row = [(b, 0) for b in range(n, n - min(max(window, 1), window_slots), -1) if b >= start[n]]
+        return row + [(b, t) for b, t in claimed if shared and (b, 0) not in row]
     row = [(b, 0) for b in range(n, n - min(max(local, 1), local_slots), -1) if b >= start[n]]
     anchors = range(start[n], start[n] + min(globals_, global_slots))
     row += [(b, 0) for b in anchors if b <= n and (b, 0) not in row]
-    num = claims.num_BHN[0, h, n]
-    return row + list(zip(claims.block_BHNW[0, h, n, :num].tolist(), claims.time_BHNW[0, h, n, :num].tolist(), strict=True))
+    return row + claimed
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("case", LISTS)
-def test_lists_against_a_loop(case, kernel):
+def test_lists_against_a_loop(case, kernel, shared):
     N, Hp, H, W, length, local, globals_, window, *slots = case
     local_slots, global_slots, window_slots = slots
     documents = documents_of(N, N, length)
@@ -348,16 +352,16 @@ def test_lists_against_a_loop(case, kernel):
     inputs = [*(x.to(DEVICE) for x in claims), documents.start_block_N, scalar(local), scalar(globals_),
               scalar(window)]
     if kernel:
-        lists = BlockLists(*kernels().write_lists(*inputs, *slots, H))
+        lists = BlockLists(*kernels().write_lists(*inputs, *slots, H, shared))
     else:
-        lists = content_lists(Claims(*inputs[:3]), documents, *inputs[4:], *slots, H)
-    width = min(max(local_slots + global_slots + W, window_slots), N)
+        lists = content_lists(Claims(*inputs[:3]), documents, *inputs[4:], *slots, H, shared)
+    width = min(max(local_slots + global_slots + W, window_slots + W * shared), N)
     assert lists.idx_BHNW.shape == (1, H, N, width) and lists.seen_BHTw.shape == (1, H, N * BLOCK, -(-width // 32))
     seen = unpack_seen(lists.seen_BHTw, width).view(1, H, N, BLOCK, width).cpu()
     start = documents.start_block_N.tolist()
     for h in range(H):
         for n in range(N):
-            num, row = int(lists.num_BHN[0, h, n]), loop_lists(claims, start, h, n, local, globals_, window, *slots)
+            num, row = int(lists.num_BHN[0, h, n]), loop_lists(claims, start, h, n, local, globals_, window, *slots, shared)
             assert lists.idx_BHNW[0, h, n, :num].tolist() == [b for b, _ in row] and len(dict(row)) == num
             since = torch.tensor([t for _, t in row])
             assert torch.equal(seen[0, h, n, :, :num], torch.arange(BLOCK)[:, None] >= since)
@@ -459,7 +463,7 @@ def test_operators_keep_the_compilers_contract():
     claims, _ = admit(found, asks, 4, 3)
     calls = [(ops.ask, (score, 16, 8, 2.0)), (ops.search, (p, l, asks, *documents, local, globals_)),
              (ops.admit, (*found, asks, odds_floor(documents, 0.0), far_end(documents, local), 4, 3, 2.0, 8)),
-             (ops.content_lists, (*claims, documents.start_block_N, local, globals_, local, 2, 1, 2, 3))]
+             (ops.content_lists, (*claims, documents.start_block_N, local, globals_, local, 2, 1, 2, 3, True))]
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments)
 
