@@ -223,8 +223,8 @@ class Mixer:
     def policy(self) -> str:
         return (
             f"retrieval mix: {self.share:.1%} of the training tokens, {PASSAGES:.0%} of them in copied passages; "
-            f"keys of {len(self.middle_ids)} tokens, values of those, {len(self.rare_ids)} rarer ones and the text, templates of "
-            f"{len(self.common_ids)}; "
+            f"keys of {len(self.middle_ids)} tokens, values of those, {len(self.rare_ids)} rarer ones and the text, templates "
+            f"of {len(self.common_ids)}; "
             "validation text is left as it is"
         )
 
