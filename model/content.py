@@ -149,8 +149,8 @@ class ContentPointers(nn.Module):
             asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory, s.ask_pacing)
         found = search(marks.p_BTPr, marks.l_BTPr, asking, documents, state.local_blocks, state.global_blocks)
         last_N = None if s.pooled else far_end(documents, state.local_blocks)
-        claims, refused = admit(found, asking, s.far_blocks, s.target, s.claim_pacing, s.memory, odds_floor(documents, s.floor),
-                                last_N)
+        floor_N = odds_floor(documents, s.floor)
+        claims, refused = admit(found, asking, s.far_blocks, s.target, s.claim_pacing, s.memory, floor_N, last_N)
         num, refused = (torch.where(state.radius < 0, 0, x) for x in (claims.num_BHN, refused))
         claims = Claims(num, claims.block_BHNW, claims.time_BHNW)
         if offsets is not None:

@@ -1,9 +1,9 @@
 """The content pointers' search: which far key blocks each query block reads. Forward only, and strictly causal.
 
 A pointer head scores a query token i against a key token j with p_i . l_j. Of every tile (a query block of 128 tokens) at
-most R tokens *ask*. An asker finds its best far block and the log-odds of that block against all others of its past; a
+most R tokens *ask*. An asker finds its two best far blocks and the log-odds of each against all others of its past; a
 tile's tokens then *claim* blocks in token order, at most W, where the log-odds exceed a threshold that the tiles before
-have set. A claimed block is seen from its claim on.
+have set: each its best, or its second where the best is listed already. A claimed block is seen from its claim on.
 
 Every step is an operator of its own: plain PyTorch on the CPU, which is the oracle, `model.selection_triton` on a GPU.
 Nothing of size [T, T] exists, and shapes depend on the arguments' shapes alone.
@@ -27,10 +27,13 @@ PLAIN_SCORES = 2**24  # scores that the plain search holds at once
 
 
 class Found(NamedTuple):
-    """What every asker found; an unused slot, or nothing far: block -1 and log-odds -inf."""
+    """What every asker found: its best far block and its second-best. An unused slot, or none: block -1 and log-odds -inf;
+    without a best there is no second."""
 
     block_BHNR: Tensor  # int32
     log_odds_BHNR: Tensor  # float32, nats, at most MAX_LOG_ODDS
+    second_BHNR: Tensor  # int32
+    second_odds_BHNR: Tensor  # float32, nats, at most 0: the best is among the others
 
 
 class Claims(NamedTuple):
@@ -107,7 +110,7 @@ def ask(score_BHT: Tensor, slots: int, memory: int = 8, pacing: float = 8.0) -> 
 
 @torch.library.custom_op("scope::search", mutates_args=())
 def _search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, doc_id_T: Tensor, start_block_N: Tensor,
-            local: Tensor, globals_: Tensor) -> tuple[Tensor, Tensor]:
+            local: Tensor, globals_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if p_BTHd.is_cuda:
         from model.selection_triton import search_blocks
 
@@ -117,11 +120,11 @@ def _search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, doc_id_T: Tensor, 
 
 @_search.register_fake
 def _(p_BTHd, l_BTHd, ask_BHNR, doc_id_T, start_block_N, local, globals_):
-    return ask_BHNR.new_empty(ask_BHNR.shape), ask_BHNR.new_empty(ask_BHNR.shape, dtype=torch.float32)
+    return tuple(ask_BHNR.new_empty(ask_BHNR.shape, dtype=dtype) for dtype in 2 * (torch.int32, torch.float32))
 
 
 def search_plain(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, doc_id_T: Tensor,
-                 start_block_N: Tensor, local: Tensor, globals_: Tensor) -> tuple[Tensor, Tensor]:
+                 start_block_N: Tensor, local: Tensor, globals_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The oracle of the search, on any device: all scores of some tiles at once."""
     B, H, N, R = ask_BHNR.shape
     T, device, minus_inf = N * BLOCK, p_BTHd.device, float("-inf")
@@ -129,7 +132,7 @@ def search_plain(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, doc_id_T: Ten
     batch, head = torch.arange(B, device=device).view(B, 1, 1, 1), torch.arange(H, device=device).view(1, H, 1, 1)
     wide = torch.promote_types(p_BTHd.dtype, torch.float32)
     key_BHdT = l_BTHd.to(wide).permute(0, 2, 3, 1)
-    found, odds = [], []
+    found = []
     tiles = max(1, PLAIN_SCORES // (B * H * R * T))
     for n in block.split(tiles):
         asks = ask_BHNR[:, :, n] < BLOCK
@@ -140,23 +143,27 @@ def search_plain(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, doc_id_T: Ten
         score = score.masked_fill(block >= own, minus_inf)
         far = (block <= own - local) & (block >= start_block_N[n][:, None, None] + globals_)
         far_score = score.masked_fill(~far, minus_inf)
-        best = far_score.argmax(-1, keepdim=True)  # the first of equal ones
-        value = far_score.gather(-1, best).squeeze(-1)
-        others = score.scatter(-1, best, minus_inf).logsumexp(-1)
-        some = asks & (value > minus_inf)
-        found.append(torch.where(some, best.squeeze(-1), -1).int())
-        odds.append(torch.where(some, (value - others).clamp(max=MAX_LOG_ODDS), minus_inf).float())
-    return torch.cat(found, 2), torch.cat(odds, 2)
+        found.append([])
+        for _ in range(2):
+            best = far_score.argmax(-1, keepdim=True)  # the first of equal ones
+            value = far_score.gather(-1, best).squeeze(-1)
+            others = score.scatter(-1, best, minus_inf).logsumexp(-1)
+            some = asks & (value > minus_inf)
+            found[-1] += [torch.where(some, best.squeeze(-1), -1).int(),
+                          torch.where(some, (value - others).clamp(max=MAX_LOG_ODDS), minus_inf).float()]
+            far_score = far_score.scatter(-1, best, minus_inf)
+    return tuple(torch.cat(x, 2) for x in zip(*found, strict=True))
 
 
 def search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, documents: Documents, local: Tensor,
            globals_: Tensor) -> Found:
-    """Every asker's best far block and its log-odds.
+    """Every asker's two best far blocks and their log-odds.
 
     For the asker i of tile n, s_ib is the maximum of p_i . l_j over the tokens j of block b < n in the document of i. Far are
     the blocks b <= n - local from the document's block start_block_N[n] + globals_ on (int32 scalars on the device). The best
-    is the far block of highest s_ib (ties: the lowest); its log-odds are s_i,best - log sum exp s_ib over all other blocks of
-    the past, the near ones too, at most MAX_LOG_ODDS. On a GPU p and l are bfloat16.
+    is the far block of highest s_ib (ties: the lowest), the second the best of the other far ones; a block's log-odds are its
+    s_ib - log sum exp s_ib over all other blocks of the past, the near ones too, at most MAX_LOG_ODDS. On a GPU p and l are
+    bfloat16.
     """
     B, T, H, d = p_BTHd.shape
     _check_tokens(T)
@@ -178,23 +185,27 @@ def search(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, documents: Document
 
 
 @torch.library.custom_op("scope::admit", mutates_args=())
-def _admit(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, last_N: Tensor, slots: int, rank: int,
-           pacing: float, memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _admit(block_BHNR: Tensor, log_odds_BHNR: Tensor, second_BHNR: Tensor, second_odds_BHNR: Tensor, ask_BHNR: Tensor,
+           floor_N: Tensor, last_N: Tensor, slots: int, rank: int, pacing: float,
+           memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if block_BHNR.is_cuda:
         from model.selection_triton import admit_claims
 
-        return admit_claims(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, last_N, slots, rank, pacing, memory)
-    return admit_plain(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, last_N, slots, rank, pacing, memory)
+        return admit_claims(block_BHNR, log_odds_BHNR, second_BHNR, second_odds_BHNR, ask_BHNR, floor_N, last_N, slots, rank,
+                            pacing, memory)
+    return admit_plain(block_BHNR, log_odds_BHNR, second_BHNR, second_odds_BHNR, ask_BHNR, floor_N, last_N, slots, rank, pacing,
+                       memory)
 
 
 @_admit.register_fake
-def _(block_BHNR, log_odds_BHNR, ask_BHNR, floor_N, last_N, slots, rank, pacing, memory):
+def _(block_BHNR, log_odds_BHNR, second_BHNR, second_odds_BHNR, ask_BHNR, floor_N, last_N, slots, rank, pacing, memory):
     rows = block_BHNR.shape[:3]
     return tuple(block_BHNR.new_empty(*rows, *width) for width in ((), (slots,), (slots,), ()))
 
 
-def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, last_N: Tensor, slots: int,
-                rank: int, pacing: float, memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, second_BHNR: Tensor, second_odds_BHNR: Tensor, ask_BHNR: Tensor,
+                floor_N: Tensor, last_N: Tensor, slots: int, rank: int, pacing: float,
+                memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The oracle of the admission, on any device: one asker of every tile after the other."""
     B, H, N, R = block_BHNR.shape
     device = block_BHNR.device
@@ -211,7 +222,10 @@ def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, flo
     num, claims, refused = torch.zeros(3, B, H, N, device=device, dtype=torch.int32)
     claimed = torch.full((B, H, N, slots), -1, device=device, dtype=torch.int32)
     time = torch.full_like(claimed, BLOCK)
-    for block, odds, x in zip(block_BHNR.unbind(-1), log_odds_BHNR.unbind(-1), ask_BHNR.unbind(-1), strict=True):
+    askers = zip(*(t.unbind(-1) for t in (block_BHNR, log_odds_BHNR, second_BHNR, second_odds_BHNR, ask_BHNR)), strict=True)
+    for block, odds, second, second_odds, x in askers:
+        listed = (claimed == block[..., None]).any(-1)
+        block, odds = torch.where(listed, second, block), torch.where(listed, second_odds, odds)
         bar = threshold_BHN + pacing * (claims / rank - x / BLOCK)
         wants = (block >= 0) & (odds > bar) & (odds > floor_N) & ~(claimed == block[..., None]).any(-1)
         takes = wants & (num < slots)
@@ -226,27 +240,28 @@ def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, ask_BHNR: Tensor, flo
 
 def admit(found: Found, ask_BHNR: Tensor, slots: int, rank: int, pacing: float = 2.0, memory: int = 8,
           floor_N: Tensor | None = None, last_N: Tensor | None = None) -> tuple[Claims, Tensor]:
-    """Which tokens claim their best block; and, int32 [B, H, N], how many of a tile find no slot left.
+    """Which tokens claim their best block, or their second; and, int32 [B, H, N], how many of a tile find no slot left.
 
-    The threshold of a tile is the mean, over the `memory` tiles before, of the `rank`-th largest log-odds of a found block
+    The threshold of a tile is the mean, over the `memory` tiles before, of the `rank`-th largest log-odds of a best block
     (a block counts once, with its highest; tiles that found fewer do not count; no such tile: no threshold). In token
-    order, the token at position x with c claims before it claims its block if no slot holds it, one is free, and its
-    log-odds exceed threshold + pacing * (c / rank - x / BLOCK) as well as the tile's floor (float32, nats), which keeps heads
-    that retrieve nothing from reading. With last_N (int32), the last block that each tile may claim, a claim also takes the
-    block behind its own, into a free slot of its own, up to that last one: what begins near a block's end goes on there.
+    order, the token at position x with c claims before it claims its best block, or its second where a slot holds the best,
+    if no slot holds it, one is free, and its log-odds exceed threshold + pacing * (c / rank - x / BLOCK) as well as the
+    tile's floor (float32, nats), which keeps heads that retrieve nothing from reading. With last_N (int32), the last block
+    that each tile may claim, a claim also takes the block behind its own, into a free slot of its own, up to that last one:
+    what begins near a block's end goes on there.
     """
     if slots < 1 or slots & (slots - 1) or slots > MAX_CLAIMS:
         raise ValueError(f"{slots} slots for claims are no power of two of at most {MAX_CLAIMS}")
     if rank < 1 or memory < 1:
         raise ValueError(f"rank {rank} and memory {memory} of the admission must be at least 1")
-    if not found.block_BHNR.shape == found.log_odds_BHNR.shape == ask_BHNR.shape:
-        raise ValueError(f"blocks {list(found.block_BHNR.shape)}, log-odds {list(found.log_odds_BHNR.shape)} and askers "
+    if any(x.shape != ask_BHNR.shape for x in found):
+        raise ValueError(f"blocks and log-odds {', '.join(str(list(x.shape)) for x in found)} and askers "
                          f"{list(ask_BHNR.shape)} must have one shape")
     if floor_N is None:
         floor_N = torch.full(ask_BHNR.shape[2:3], float("-inf"), device=ask_BHNR.device)
     if last_N is None:
         last_N = torch.full_like(floor_N, -1, dtype=torch.int32)
-    *claims, refused_BHN = _admit(found.block_BHNR, found.log_odds_BHNR, ask_BHNR, floor_N, last_N, slots, rank, pacing, memory)
+    *claims, refused_BHN = _admit(*found, ask_BHNR, floor_N, last_N, slots, rank, pacing, memory)
     return Claims(*claims), refused_BHN
 
 

@@ -5,7 +5,7 @@ over each block's tokens. So the maximum must cost one instruction a score and n
 tensor core leaves every thread columns 8 j + 2 c + {0, 1} of its rows, c = lane mod 4. The tokens of four blocks,
 a group, are therefore laid out interleaved, token k of block c in row 8 (k // 2) + 2 c + k % 2: each thread then
 reduces one block within its registers, without a shuffle, and keeps the running values of every fourth block. What is done
-once a block (one exponential, the comparison with the best so far) costs little beside the maxima over its tokens.
+once a block (one exponential, the comparisons with the best two so far) costs little beside the maxima over its tokens.
 
 Shape suffixes as in `model.selection`; M rows (askers) of a program, Q blocks of a group, G groups.
 """
@@ -134,18 +134,22 @@ def _maxima(q, q_doc, l_desc, key_doc_ptr, row, MASKED: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
-def _update(best, best_group, rest, s, group, better):
-    """One more block a lane: the smaller of its score and the best so far goes to the sum over the rest, which is relative
-    to the best. One exponential."""
+def _update(best, best_group, rest, second, second_group, s, group, better, closer):
+    """One more block a lane, `better` than the best or `closer` than the second: the smaller of its score and the best so far
+    goes to the sum over the rest, which is relative to the best, and may be the new second. One exponential."""
     fade = tl.exp2(-tl.abs(s - best) * LOG2_E)
-    return tl.maximum(best, s), tl.where(better, group, best_group), tl.fma(rest, tl.where(better, fade, 1.0), fade)
+    rest = tl.fma(rest, tl.where(better, fade, 1.0), fade)
+    second_group = tl.where(better, best_group, tl.where(closer, group, second_group))
+    second = tl.maximum(second, tl.minimum(best, s))
+    return tl.maximum(best, s), tl.where(better, group, best_group), rest, second, second_group
 
 
 @triton.jit
 def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, local_ptr, globals_ptr, block_ptr, odds_ptr,
-                   T, H, N, G, most, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr, Q: tl.constexpr,
-                   BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """Best far block and its log-odds for M askers of M / R tiles. Longest programs first, the heads beside each other."""
+                   second_ptr, second_odds_ptr, T, H, N, G, most, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+                   COLUMNS: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """The two best far blocks and their log-odds for M askers of M / R tiles. Longest programs first, the heads beside each
+    other."""
     bh, part = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     b, h = bh // H, bh % H
     first_n = part * (M // R)
@@ -172,6 +176,7 @@ def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, loca
     best = tl.full([M, Q], NOTHING, tl.float32)  # of the far blocks
     best_group = tl.full([M, Q], -1, tl.int32)
     rest = tl.zeros([M, Q], tl.float32)  # sum over the other far blocks of exp(s - best)
+    second, second_group = best, best_group  # the best of those others
     highest = best  # of the group so far
     for i in tl.range(open_ * Q, (open_ + unmasked) * Q, num_stages=STAGES):  # a quarter of a group at a time
         s = _maxima(q, q, l_desc, key_doc_ptr, first_row + i * BLOCK, False, COLUMNS, M, Q)
@@ -179,7 +184,8 @@ def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, loca
             s = tl.maximum(s, _maxima(q, q, l_desc, key_doc_ptr, first_row + i * BLOCK + j, False, COLUMNS, M, Q))
         highest = tl.where(i % Q == 0, s, tl.maximum(highest, s))
         if i % Q == Q - 1:
-            best, best_group, rest = _update(best, best_group, rest, highest, i // Q, highest > best)
+            best, best_group, rest, second, second_group = _update(best, best_group, rest, second, second_group, highest,
+                                                                   i // Q, highest > best, highest > second)
 
     n = row // R
     at = n * BLOCK + tl.load(ask_ptr + asker, mask=n < N, other=BLOCK)
@@ -200,7 +206,9 @@ def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, loca
         far = past & (block <= n[:, None] - local) & (block >= start[:, None] + globals_)
         s_far = tl.where(far, s, float("-inf"))
         better = (s_far > best) | ((s_far == best) & (group < best_group))
-        best, best_group, rest = _update(best, best_group, rest, s_far, group, better)
+        closer = (s_far > second) | ((s_far == second) & (group < second_group))
+        best, best_group, rest, second, second_group = _update(best, best_group, rest, second, second_group, s_far, group,
+                                                               better, closer)
         s_near = tl.where(past & ~far, s, float("-inf"))
         new = tl.maximum(near, s_near)
         near_sum = near_sum * tl.exp2((near - new) * LOG2_E) + tl.exp2((s_near - new) * LOG2_E)
@@ -210,8 +218,8 @@ def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, loca
     top = tl.max(best, 1)
     block = tl.where(best_group >= 0, best_group * Q + lane[None, :], NO_BLOCK)
     winner = tl.min(tl.where(best == top[:, None], block, NO_BLOCK), 1)
-    lost = (block != winner[:, None]).to(tl.float32)
-    far_sum = tl.sum((rest + lost) * tl.exp2((best - top[:, None]) * LOG2_E), 1)
+    lost = block != winner[:, None]
+    far_sum = tl.sum((rest + lost.to(tl.float32)) * tl.exp2((best - top[:, None]) * LOG2_E), 1)
     nearest = tl.max(near, 1)
     near_sum = tl.sum(near_sum * tl.exp2((near - nearest[:, None]) * LOG2_E), 1)
     shift = tl.maximum((nearest - top) * LOG2_E, 0.0)
@@ -221,9 +229,23 @@ def _search_kernel(p_ptr, ask_ptr, l_desc, key_doc_ptr, doc_ptr, start_ptr, loca
     tl.store(block_ptr + asker, tl.where(found, winner, -1), mask=n < N)
     tl.store(odds_ptr + asker, tl.where(found, odds, float("-inf")), mask=n < N)
 
+    # The runner-up is the best of another lane or the winner lane's second. Its others are the winner's others with the winner
+    # in its own place, which is no smaller: no digits cancel. Its odds are at most 0.
+    block = tl.where(lost, block, tl.where(second_group >= 0, second_group * Q + lane[None, :], NO_BLOCK))
+    second = tl.where(lost, best, second)
+    next_top = tl.max(second, 1)
+    runner_up = tl.min(tl.where(second == next_top[:, None], block, NO_BLOCK), 1)
+    behind = (top - next_top) * LOG2_E
+    total += tl.exp2(-shift) - tl.exp2(-behind - shift)
+    odds = -(behind + shift + tl.log2(tl.maximum(total, 1e-30))) * LN_2
+    found = asks & (runner_up < NO_BLOCK)
+    tl.store(second_ptr + asker, tl.where(found, runner_up, -1), mask=n < N)
+    tl.store(second_odds_ptr + asker, tl.where(found, odds, float("-inf")), mask=n < N)
+
 
 def search_blocks(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, doc_id_T: Tensor, start_block_N: Tensor,
-                  local: Tensor, globals_: Tensor, most: float, tiling: SearchTiling | None = None) -> tuple[Tensor, Tensor]:
+                  local: Tensor, globals_: Tensor, most: float,
+                  tiling: SearchTiling | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, H, D = p_BTHd.shape
     N, R = T // BLOCK, ask_BHNR.size(-1)
     G = triton.cdiv(N, GROUP)
@@ -232,13 +254,12 @@ def search_blocks(p_BTHd: Tensor, l_BTHd: Tensor, ask_BHNR: Tensor, doc_id_T: Te
     keys = torch.empty(B * H * G * GROUP * BLOCK, D, device=l_BTHd.device, dtype=l_BTHd.dtype)
     key_doc = torch.empty(B * H * G * GROUP * BLOCK, device=l_BTHd.device, dtype=torch.int32)
     _interleave_kernel[(G, B * H)](l_BTHd.contiguous(), doc_id_T, keys, key_doc, T, H, N, G, D, GROUP, BLOCK, num_warps=4)
-    block = torch.empty(B, H, N, R, device=p_BTHd.device, dtype=torch.int32)
-    odds = torch.empty(B, H, N, R, device=p_BTHd.device, dtype=torch.float32)
+    found = tuple(torch.empty(B, H, N, R, device=p_BTHd.device, dtype=dtype) for dtype in 2 * (torch.int32, torch.float32))
     _search_kernel[(B * H, triton.cdiv(N * R, tiling.rows))](
         p_BTHd.contiguous(), ask_BHNR.contiguous(), TensorDescriptor.from_tensor(keys, [tiling.columns, D]), key_doc, doc_id_T,
-        start_block_N, local, globals_, block, odds, T, H, N, G, most, R, D, tiling.rows, tiling.columns, GROUP, BLOCK,
+        start_block_N, local, globals_, *found, T, H, N, G, most, R, D, tiling.rows, tiling.columns, GROUP, BLOCK,
         tiling.stages, num_warps=tiling.warps, maxnreg=tiling.registers)
-    return block, odds
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,8 +280,9 @@ def _nth_odds_kernel(block_ptr, odds_ptr, nth_ptr, NTH: tl.constexpr, R: tl.cons
 
 
 @triton.jit
-def _admit_kernel(block_ptr, odds_ptr, ask_ptr, nth_ptr, floor_ptr, last_ptr, num_ptr, claim_ptr, time_ptr, refused_ptr, N,
-                  rank, pacing, MEMORY: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
+def _admit_kernel(block_ptr, odds_ptr, second_ptr, second_odds_ptr, ask_ptr, nth_ptr, floor_ptr, last_ptr, num_ptr, claim_ptr,
+                  time_ptr, refused_ptr, N, rank, pacing, MEMORY: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+                  BLOCK: tl.constexpr):
     """One tile: its askers in token order, the claims so far in registers."""
     row, slot = tl.program_id(0).to(tl.int64), tl.arange(0, W)
     threshold = _mean_before(nth_ptr, row, row % N, MEMORY)
@@ -269,6 +291,9 @@ def _admit_kernel(block_ptr, odds_ptr, ask_ptr, nth_ptr, floor_ptr, last_ptr, nu
     num, claims, refused = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for i in range(R):
         block, odds = tl.load(block_ptr + row * R + i), tl.load(odds_ptr + row * R + i)
+        second, second_odds = tl.load(second_ptr + row * R + i), tl.load(second_odds_ptr + row * R + i)
+        listed = tl.max((claimed == block).to(tl.int32), 0) > 0
+        block, odds = tl.where(listed, second, block), tl.where(listed, second_odds, odds)
         x = tl.load(ask_ptr + row * R + i)
         bar = threshold + pacing * (tl.div_rn(claims.to(tl.float32), rank) - x.to(tl.float32) / BLOCK)
         wants = (block >= 0) & (odds > bar) & (odds > floor) & (tl.max((claimed == block).to(tl.int32), 0) == 0)
@@ -288,16 +313,17 @@ def _admit_kernel(block_ptr, odds_ptr, ask_ptr, nth_ptr, floor_ptr, last_ptr, nu
     tl.store(time_ptr + row * W + slot, time)
 
 
-def admit_claims(block_BHNR: Tensor, odds_BHNR: Tensor, ask_BHNR: Tensor, floor_N: Tensor, last_N: Tensor, slots: int,
-                 rank: int, pacing: float, memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def admit_claims(block_BHNR: Tensor, odds_BHNR: Tensor, second_BHNR: Tensor, second_odds_BHNR: Tensor, ask_BHNR: Tensor,
+                 floor_N: Tensor, last_N: Tensor, slots: int, rank: int, pacing: float,
+                 memory: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, N, R = block_BHNR.shape
-    block, odds, asks = block_BHNR.contiguous(), odds_BHNR.contiguous(), ask_BHNR.contiguous()
+    found = block, odds, *_ = [x.contiguous() for x in (block_BHNR, odds_BHNR, second_BHNR, second_odds_BHNR)]
     nth = torch.empty(B, H, N, device=odds.device, dtype=torch.float32)
     num, refused = (torch.empty(B, H, N, device=odds.device, dtype=torch.int32) for _ in range(2))
     claim, time = (torch.empty(B, H, N, slots, device=odds.device, dtype=torch.int32) for _ in range(2))
     _nth_odds_kernel[(B * H * N,)](block, odds, nth, rank, R, num_warps=4)
-    _admit_kernel[(B * H * N,)](block, odds, asks, nth, floor_N.contiguous(), last_N.contiguous(), num, claim, time, refused, N,
-                                float(rank), pacing, memory, R, slots, BLOCK, num_warps=1)
+    _admit_kernel[(B * H * N,)](*found, ask_BHNR.contiguous(), nth, floor_N.contiguous(), last_N.contiguous(), num, claim, time,
+                                refused, N, float(rank), pacing, memory, R, slots, BLOCK, num_warps=1)
     return num, claim, time, refused
 
 
