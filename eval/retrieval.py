@@ -478,6 +478,8 @@ class Scorer:
 def model_config(state: dict, longest: int) -> scope.Config:
     """The checkpoint's model and spectral settings, unless the environment has others, for sequences of `longest` tokens."""
     config, problems, unread = scope.Config.read(os.environ, state["config"])
+    if differences := scope.differing_settings(state["config"], config, ("model",)):  # before what they make impossible
+        raise Stop(f"the environment sets another model than the checkpoint's: {'; '.join(differences)}: leave them out")
     config = replace(config, num_iterations=0, needle_eval=False, needle_files="", train_seq_len=longest, batch_tokens=longest,
                      val_seq_len=longest, val_tokens=longest)
     problems += config.impossible_combinations(unread)

@@ -534,8 +534,8 @@ def test_two_processes_give_the_same_summary(tmp_path, evaluated, checkpoint, sh
 # Refusals
 
 
-def refusal(*arguments, name="retrieval.py", main=R.main):
-    with mock.patch.dict(os.environ, {}, clear=True), pytest.raises(SystemExit) as stopped:
+def refusal(*arguments, name="retrieval.py", main=R.main, **environment):
+    with mock.patch.dict(os.environ, environment, clear=True), pytest.raises(SystemExit) as stopped:
         main(list(map(str, arguments)))
     line = str(stopped.value.code)
     assert line.startswith("error: ") and "\n" not in line
@@ -574,6 +574,13 @@ def test_wrong_files_are_refused(tmp_path, evaluated, checkpoint, shards):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/samples.jsonl").write_text("")
     assert "no run.json" in refusal(checkpoint, *held, tmp_path / "other", *OPTIONS, *SMALL)
+
+
+def test_the_environment_cannot_change_the_model(tmp_path, checkpoint, shards):
+    """Told before what such a model could not do, here with a layer that it lacks."""
+    line = refusal(checkpoint, "--text", shards / "held_*.bin", "--out", tmp_path / "out", *OPTIONS, *SMALL, NUM_LAYERS="2",
+                   SPECTRAL_LAYERS="2", SPECTRAL_BIAS="1")
+    assert "another model than the checkpoint's: NUM_LAYERS was 3, is 2: leave them out" in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
