@@ -70,6 +70,8 @@ def run(request: dict) -> None:
 if __name__ == "__main__":
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    for number in (signal.SIGINT, signal.SIGHUP):  # a shell's background job has them ignored
+        signal.signal(number, signal.SIG_DFL)
     print("ready", flush=True)
     for line in sys.stdin:
         pid = os.fork()
