@@ -1213,11 +1213,10 @@ class Trainer:
         random.seed(config.seed)
         self.model = build_model(config, device)
         self.optimizers = make_optimizers(self.model)
-        self.train_loader = self.val_loader = self.mixer = None
+        self.train_loader = self.val_loader = None
         try:
             if config.num_iterations:
                 self.train_loader = TokenLoader(config.train_files, config.batch_tokens, config.vocab_size, config.epochs)
-                self.mixer = make_mixer(config, self.train_loader)
             if config.val_tokens:
                 self.val_loader = TokenLoader(config.val_files, config.val_tokens, config.vocab_size)
         except ValueError as error:  # shards that were sound when the run was checked
@@ -1745,7 +1744,7 @@ def run_experiment(check_only: bool) -> None:
     if loaded_path and not loaded:  # what it would have said of the model is not known
         unread |= {f.name.upper() for f in dataclasses.fields(Config) if f.metadata["group"] in ("model", "spectral")}
     problems += found + config.impossible_combinations(unread)
-    training = validation = haystack = None
+    training = validation = haystack = mixer = None
     check(check_world, config, reads="BATCH_TOKENS TRAIN_SEQ_LEN NUM_ITERATIONS")
     check(choose_backend, config, torch.device("cuda" if torch.cuda.is_available() else "cpu"), reads="ATTN_BACKEND")
     if config.num_iterations:
@@ -1755,7 +1754,7 @@ def run_experiment(check_only: bool) -> None:
     if training and validation:
         check(check_separate, training, validation)
     if training:
-        check(make_mixer, config, training, reads="RETRIEVAL_MIX DOC_DELIMITER SEED")
+        mixer = check(make_mixer, config, training, reads="RETRIEVAL_MIX DOC_DELIMITER SEED")
     if config.needle_eval:
         haystack = check(check_haystack, config, reads="NEEDLE_SEQ_LEN NEEDLE_DISTANCES NEEDLE_SAMPLES_PER_DISTANCE "
                                                        "NEEDLE_ANCHOR_LEN NEEDLE_VALUE_LEN DOC_DELIMITER SEED")
@@ -1776,17 +1775,18 @@ def run_experiment(check_only: bool) -> None:
     else:
         device = set_up_device(config.rank_timeout)  # nothing was created so far, all that can be refused has been
         with RunDirectory(config) as run:
-            execute(config, device, run, start, haystack)
+            execute(config, device, run, start, haystack, mixer)
 
 
-def execute(config: Config, device: torch.device, run: RunDirectory, start: Start | None, haystack: Haystack | None) -> None:
+def execute(config: Config, device: torch.device, run: RunDirectory, start: Start | None, haystack: Haystack | None,
+            mixer: Mixer | None) -> None:
     """Build, load or resume, train, evaluate, summarise."""
     log_environment(run, config, device)
     trainer = Trainer(config, device, run)
     if trainer.train_loader:
         run.log(trainer.train_loader.policy(config.num_iterations))
-    if trainer.mixer:
-        run.log(trainer.mixer.policy())
+    if mixer:
+        run.log(mixer.policy())
     if start and not start.resumed:
         load_weights(trainer.model, start.state, start.path)
         if not config.num_iterations:  # evaluate with the schedules where the checkpoint left them
@@ -1804,7 +1804,7 @@ def execute(config: Config, device: torch.device, run: RunDirectory, start: Star
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    ahead = trainer.mixer and MixedAhead(trainer.mixer, trainer.train_loader, config.train_seq_len)
+    ahead = mixer and MixedAhead(mixer, trainer.train_loader, config.train_seq_len)
     with SIGNALS.deferred(), contextlib.closing(ahead) if ahead else contextlib.nullcontext():
         train(trainer, ahead)
     needle = None
