@@ -803,14 +803,15 @@ class GPT(nn.Module):
         return Output(objective, loss, telemetry)
 
     def score_end(self, tokens_T: Tensor, context: Context, last: int) -> tuple[Tensor, Tensor, list[Claims]]:
-        """Nats and greedy correctness of the last tokens of a sequence, each [last]; the head sees those positions only. And
-        what the content pointers of every layer that has them claimed in the last tiles, one more than those tokens fill."""
+        """Nats of the last tokens of a sequence and what greedy decoding says in their places, each [last]; the head sees those
+        positions only. And what the content pointers of every layer that has them claimed in the last tiles, one more than
+        those tokens fill."""
         x_TC, telemetry = self.hidden(tokens_T, context)
         tiles = min(math.ceil(last / BLOCK) + 1, len(tokens_T) // BLOCK)
         claims = [Claims(*(t[:, :, -tiles:] for t in layer.pointing.claims)) for layer in telemetry if layer.pointing]
         log_p = self.logits(x_TC[-last - 1 : -1]).log_softmax(-1)
         targets = tokens_T[-last:].long()
-        return -log_p.gather(-1, targets[:, None])[:, 0], log_p.argmax(-1) == targets, claims
+        return -log_p.gather(-1, targets[:, None])[:, 0], log_p.argmax(-1), claims
 
 
 def build_model(config: Config, device: torch.device) -> GPT:
@@ -1359,8 +1360,8 @@ class Trainer:
             tokens = torch.from_numpy(tokens_T.astype(np.int32)).to(self.device)
             context = self.context(tokens)
             self.new_graph_step()
-            nats, correct, _ = self.score_end(tokens, context, len(tokens_T) - answer_start)
-            return nats.float().cpu().numpy(), correct.cpu().numpy()
+            nats, said, _ = self.score_end(tokens, context, len(tokens_T) - answer_start)
+            return nats.float().cpu().numpy(), said.cpu().numpy() == tokens_T[answer_start:]
 
         def reduce(array: np.ndarray) -> np.ndarray:
             total = torch.from_numpy(array).to(self.device)

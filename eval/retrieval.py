@@ -416,28 +416,31 @@ def tail(sample: Sample) -> int:
 
 
 def evaluate_sample(score, library: Library, cell: Cell, index: int) -> dict:
-    """The line of samples.jsonl: nats per answer token, and per answer its tokens as 1 (the argmax) or 0.
+    """The line of samples.jsonl: nats per answer token, and per answer its tokens, those said, and whether they are the same.
 
-    score(tokens_T, last) -> (nats [last], greedy correctness [last], reads) of the last tokens, teacher-forced. reads(position,
-    source): whether a content pointer lets the token at `position` see the one at `source`; None where none points.
+    score(tokens_T, last) -> (nats [last], argmax [last], reads) of the last tokens, teacher-forced. reads(position, source):
+    whether a content pointer lets the token at `position` see the one at `source`; None where none points.
     """
     sample = library.sample(cell, index)
     last = tail(sample)
     places = np.array(sample.answers)[:, None] - (len(sample.tokens_T) - last) + np.arange(sample.size)
 
-    def nats_and_correct(tokens_T):
-        nats, correct, reads = score(tokens_T, last)
-        return np.asarray(nats, dtype=np.float64)[places].mean(axis=1), np.asarray(correct)[places], reads
+    def nats_and_said(tokens_T):
+        nats, said, reads = score(tokens_T, last)
+        return np.asarray(nats, dtype=np.float64)[places].mean(axis=1), np.asarray(said)[places], reads
 
-    nats, correct, reads = nats_and_correct(sample.tokens_T)
+    nats, said, reads = nats_and_said(sample.tokens_T)
+    answer = sample.tokens_T[-last:][places]
+    correct = said == answer
     record = dict(id=sample_id(cell, index), **asdict(cell), index=index, text=sample.text, stitched=sample.stitched,
                   nats=[round(x, 6) for x in nats.tolist()])
     if cell.task == "gain":
         return record | dict(token_accuracy=float(correct.mean()))
-    swapped = nats_and_correct(sample.swapped_T)[0] if index < library.settings.swaps else []
+    swapped = nats_and_said(sample.swapped_T)[0] if index < library.settings.swaps else []
     values = [answer + sample.size - library.settings.value_length for answer in sample.answers]
     read = [int(reads(at - 1, at - back)) for at, back in zip(values, sample.distances, strict=True)] if reads else []
-    return record | dict(distances=sample.distances, correct=["".join("01"[int(x)] for x in row) for row in correct],
+    return record | dict(distances=sample.distances, answer=answer.tolist(), said=said.tolist(),
+                         correct=["".join("01"[int(x)] for x in row) for row in correct],
                          swapped_nats=[round(float(x), 6) for x in swapped], read=read)
 
 
@@ -460,7 +463,7 @@ class Scorer:
     def __call__(self, tokens_T: np.ndarray, last: int):
         """As evaluate_sample wants it."""
         tokens = torch.from_numpy(tokens_T.astype(np.int32)).to(self.device)
-        nats, correct, layers = self.score_end(tokens, self.schedule.context(tokens, False, self.backend), last)
+        nats, said, layers = self.score_end(tokens, self.schedule.context(tokens, False, self.backend), last)
         layers = [[t[0].cpu().numpy() for t in claims] for claims in layers]
         tiles = len(tokens_T) // scope.BLOCK
 
@@ -472,7 +475,7 @@ class Scorer:
             return any(((blocks == block) & (times <= x) & (np.arange(blocks.shape[-1]) < num[:, None])).any()
                        for num, blocks, times in here)
 
-        return nats.float().cpu().numpy(), correct.cpu().numpy(), reads if layers else None
+        return nats.float().cpu().numpy(), said.cpu().numpy(), reads if layers else None
 
 
 def model_config(state: dict, longest: int) -> scope.Config:

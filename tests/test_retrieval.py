@@ -136,13 +136,18 @@ def oracle(library):
             if told is not None:
                 told = told[: len(tokens_T) - place]
                 right[place : place + len(told)] = np.equal(told, reading.tokens[place : place + len(told)])
-        return np.where(right, 0.5, 5.0)[-last:], right[-last:], None
+        return np.where(right, 0.5, 5.0)[-last:], said(tokens_T, right)[-last:], None
 
     return score
 
 
+def said(tokens_T, right):
+    """What a scorer says who is right in these places."""
+    return np.where(right, tokens_T, -1)
+
+
 def blind(tokens_T, last):
-    return np.full(last, 3.0), np.zeros(last, dtype=bool), None
+    return np.full(last, 3.0), np.full(last, -1), None
 
 
 def guesser(library):
@@ -156,7 +161,7 @@ def guesser(library):
         for place in answers:
             right[place : place + VALUE] = np.equal(draw.choice(left), reading.after(place))
             left = [value for value in left if value != reading.after(place) or len(left) == 1]
-        return np.ones(last), right[-last:], None
+        return np.ones(last), said(tokens_T, right)[-last:], None
 
     return score
 
@@ -385,7 +390,7 @@ def test_context_gain_and_its_error(library):
         target = tokens_T[-256:].tobytes()
         level = offsets.setdefault(target, draw.random())
         context = len(tokens_T) - 256
-        return np.full(last, 3 + level - 0.1 * (1 + level) * math.log2(context / 512)), np.ones(last, dtype=bool), None
+        return np.full(last, 3 + level - 0.1 * (1 + level) * math.log2(context / 512)), tokens_T[-last:], None
 
     records = [R.evaluate_sample(score, library, cell, index) for cell in chosen for index in range(12)]
     rows = {row["variant"]: row for row in R.summarise(records, 1e-4, 512, 512)}
@@ -457,6 +462,23 @@ def test_command_writes_samples_summary_and_run(evaluated, checkpoint):
     assert run["stitched"] == [] and re.fullmatch(r"[0-9a-f]{40}(-dirty)?", run["commit"] or "0" * 40)
 
 
+def test_a_line_holds_the_answers_and_what_was_said(library):
+    cell = next(c for c in cells(library, "mqar"))
+    sample = library.sample(cell, 0)
+    wrong = sample.answers[1] + 2
+
+    def score(tokens_T, last):
+        told = tokens_T.copy()
+        told[wrong] += 1
+        return np.ones(last), told[-last:], None
+
+    line = R.evaluate_sample(score, library, cell, 0)
+    assert line["answer"] == [sample.tokens_T[at : at + VALUE].tolist() for at in sample.answers]
+    told = np.array(line["said"]) - line["answer"]
+    assert told[1, 2] == 1 and np.count_nonzero(told) == 1
+    assert line["correct"] == ["1" * VALUE, "110".ljust(VALUE, "1")] + ["1" * VALUE] * (len(sample.answers) - 2)
+
+
 def test_scores_are_those_of_the_whole_forward(checkpoint, library):
     state = R.read_checkpoint(checkpoint, R.WEIGHT_KEYS)
     with mock.patch.dict(os.environ, {}, clear=True):
@@ -464,14 +486,14 @@ def test_scores_are_those_of_the_whole_forward(checkpoint, library):
     assert config.max_seq_len == 1024 and config.spectral_l_train == 512 and config.arm == "C"
     scorer = R.Scorer(state, checkpoint, config, torch.device("cpu"))
     tokens_T = library.sample(next(c for c in cells(library, "multikey") if c.length == 512), 0).tokens_T
-    nats, correct, reads = scorer(tokens_T, 100)
+    nats, told, reads = scorer(tokens_T, 100)
     assert reads is None  # offsets point
     tokens = torch.from_numpy(tokens_T)
     with torch.no_grad():
         hidden, _ = scorer.model.hidden(tokens.int(), S.Schedule(config, 3, 3).context(tokens.int(), False, "reference"))
         log_p = scorer.model.logits(hidden)[:-1].log_softmax(-1)
     np.testing.assert_allclose(nats, [-log_p[i - 1, tokens[i]].item() for i in range(412, 512)], atol=1e-5)
-    assert correct.tolist() == [log_p[i - 1].argmax() == tokens[i] for i in range(412, 512)]
+    assert told.tolist() == log_p[411:511].argmax(-1).tolist()
 
 
 def test_what_is_read_is_what_stands_in_the_lists(library, monkeypatch):
