@@ -37,13 +37,14 @@ import numpy as np
 
 MIN_IDS = 8  # keys and values each need this many tokens to choose from
 KEY_CLASS, VALUE_CLASS = 2, 3  # of evaluation, and so are the words of its templates
-# (before, between, after) tokens of a template: every task of training draws new words, evaluation has one template of each.
+# (before, between, after) tokens of a template: training draws new words again and again, evaluation has one template of each.
 TRAINED_SHAPES = ((1, 0, 1), (0, 1, 1), (1, 1, 1), (0, 2, 1), (2, 1, 1), (1, 2, 1), (3, 1, 2), (2, 3, 2))
 EVALUATED_SHAPES = ((1, 1, 1), (2, 0, 1), (2, 2, 1), (0, 3, 2))
 LINK_SHAPES = tuple(shape for shape in TRAINED_SHAPES if min(shape) > 0)
 COUNT_CHUNK = 1 << 22  # tokens; bincount widens its input to int64, so this bounds memory to 32 MiB
 KEY_LENGTHS, VALUE_LENGTHS, PASSAGE_LENGTHS = (2, 5), (2, 12), (8, 64)  # tokens, both ends included
 MIN_DISTANCE = 32  # tokens between the starts of any two pieces of a task (more than any but the last has), and between copies
+KNOWN_TEMPLATES = 0.5  # share of the tasks that take the template of another of their document: only keys tell those apart
 LOOKALIKES = 0.2  # share of the keys that differ in their last token alone from another key of the document
 SHORTEST = 2 + KEY_LENGTHS[0] + VALUE_LENGTHS[0]  # tokens of a piece
 PLACE_TRIES = 16  # places that are tried for one piece
@@ -203,6 +204,7 @@ class Task(NamedTuple):
     answer: np.ndarray
     starts: list
     pieces: list
+    template: Template | None = None
     source: int | None = None  # where the text starts that a passage copies, which stays as it is
 
 
@@ -319,6 +321,7 @@ class _Draft:
         self.text_pairs = set(zip(tokens[pairs].tolist(), tokens[pairs + 1].tolist(), strict=True))
         self.keys, self.key_parts = set(), set()
         self.neighbours = [[] for _ in self.documents]  # keys in each
+        self.templates = [[] for _ in self.documents]
 
     def below(self, n):
         """A whole number, uniform in [0, n)."""
@@ -374,7 +377,7 @@ class _Draft:
             source = start - self.log_uniform(nearest, longest)
             if self.taken.find(1, source, source + length) < 0:
                 copy = self.tokens[source : source + length].astype(np.int64)
-                return Task("passage", document, [], copy, [start], [copy], source)
+                return Task("passage", document, [], copy, [start], [copy], source=source)
         return None
 
     def task(self) -> Task | None:
@@ -383,21 +386,27 @@ class _Draft:
             return None
         document, begin, end, question = found
         name = list(KINDS)[bisect_right(KIND_EDGES, self.random() * KIND_EDGES[-1])]
-        keys, answer, pieces = self.pieces(KINDS[name], self.neighbours[document])
+        template = self.template(KINDS[name], self.templates[document])
+        keys, answer, pieces = self.pieces(KINDS[name], template, self.neighbours[document])
         if not keys or question + len(pieces[-1]) > end or not self.free(question, len(pieces[-1])):
             return None
         starts = self.places(pieces[:-1], question, question - begin)
         if not starts:
             return None
         values = KINDS[name].values  # statements of one key, all of one length: the latest in the text is to be the last
-        return Task(name, document, keys, answer, sorted(starts[:values]) + starts[values:] + [question], pieces)
+        return Task(name, document, keys, answer, sorted(starts[:values]) + starts[values:] + [question], pieces, template)
 
-    def pieces(self, kind, neighbours):
-        """(keys, answer, pieces) of a task that has no place yet; no keys when they cannot be told from others."""
-        mixer = self.mixer
+    def template(self, kind, known):
+        """One of those known or a new one."""
+        known = [t for t in known if t.links] if kind.links else known
+        if known and self.random() < KNOWN_TEMPLATES:
+            return known[self.below(len(known))]
         shapes = LINK_SHAPES if kind.links else TRAINED_SHAPES
         shape = shapes[self.below(len(shapes))]
-        template = cut_template(self.words(mixer.common_ids, sum(shape), (KEY_CLASS, VALUE_CLASS)), shape)
+        return cut_template(self.words(self.mixer.common_ids, sum(shape), (KEY_CLASS, VALUE_CLASS)), shape)
+
+    def pieces(self, kind, template, neighbours):
+        """(keys, answer, pieces) of a task that has no place yet; no keys when they cannot be told from others."""
         keys = [self.key(neighbours) for _ in range(1 + kind.links)]
         if any(key is None for key in keys):
             return [], None, []
@@ -478,8 +487,10 @@ class _Draft:
         self.tasks.append(task)
         for start, piece in zip(task.starts, task.pieces, strict=True):
             self.take(start, len(piece))
-        if task.source is not None:
+        if task.template is None:
             self.take(task.source, len(task.answer))
+        else:
+            self.templates[task.document].append(task.template)
         self.neighbours[task.document].extend(task.keys)
 
     def take(self, start, length):

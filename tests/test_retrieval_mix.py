@@ -193,7 +193,7 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
     mix = mixer(delimiter, share)
     common, middle, rare = (set(ids.tolist()) for ids in trained_words(COUNTS[delimiter], delimiter))
     kinds, asked_with, of_text, of_class = collections.Counter(), set(), 0, 0
-    for step in range(3 if share == 0.5 else 8):
+    for step in range(3 if share == 0.5 else 12):
         original = sequence(delimiter, length, documents, seed=step)
         mixed, draft = mix.mix(step, original, 1), mix.draft(step, original, 1)
         plan, keys, values = draft.tasks, set(draft.key_ids), set(draft.value_ids)
@@ -236,7 +236,7 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
             assert links == {"one link": 1, "two links": 2}.get(task.kind, 0)
     assert length < 8000 or share > 0.3 or kinds.keys() == {*KINDS, "passage"}  # fuller, few tasks of many pieces find room
     if length > 8000 and delimiter == GPT2:
-        assert len(asked_with) > 0.7 * (of_text + of_class) and 0.3 < of_text / (of_text + of_class) < 0.7
+        assert 0.4 < len(asked_with) / (of_text + of_class) < 0.8 and 0.3 < of_text / (of_text + of_class) < 0.7
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
