@@ -105,7 +105,7 @@ class Reading:
     def statements(self, answers):
         """(template, key, place of its value or link) of what is stated: no question, and a value or a stated key follows."""
         stated = {key for _, key, _ in self.found}
-        return sorted((found for found in self.found if found[2] not in answers
+        return sorted((found for found in self.found if found[2] < min(answers)
                        and (self.values.issuperset(self.after(found[2])) or self.key_at(found[2]) in stated)),
                       key=lambda found: found[2])
 
@@ -121,7 +121,8 @@ class Reading:
                 if self.values.issuperset(self.after(max(stated))):
                     return way + self.after(max(stated))
                 key = self.key_at(max(stated))
-                way += [*key, *self.library.templates[template].between.tolist()]
+                words = self.library.templates[template]
+                way += [*key, *words.after.tolist(), *words.before.tolist(), *key, *words.between.tolist()]
         return None
 
 
@@ -260,7 +261,8 @@ def check_task(cell, sample, reading, stated, asked):
         keys = [key for _, key, _ in stated]
         assert source == ends[0] and asked == [keys[-1]] and len(set(keys)) == len(keys)
         assert [reading.key_at(end) for end in ends[1:]] == keys[:-1]
-        assert sample.size == VALUE + int(cell.low) * (KEY + len(library_template(reading, stated).between))
+        words = library_template(reading, stated)
+        assert sample.size == VALUE + int(cell.low) * (2 * KEY + len(words.after) + len(words.before) + len(words.between))
     if cell.task in R.PAIRS:
         assert sorted(asked) == sorted(key for _, key, _ in stated)
 
@@ -346,7 +348,7 @@ def test_an_oracle_is_always_right_and_loses_by_a_swap(library):
     assert {row["task"] for row in rows} == set(R.TASKS[:-1])
     for row in rows:
         assert row["exact_match"] == row["first_token_accuracy"] == row["token_accuracy"] == row["exact_match_high"] == 1, row
-        assert row["nats"] == 0.5 and row["retrieval_gain"] > 0.5 and row["retrieval_gain_n"] == row["n"], row
+        assert row["nats"] == 0.5 and row["retrieval_gain"] > 0.25 and row["retrieval_gain_n"] == row["n"], row
     dense = [row for row in rows if row["task"] == "dense"]
     assert [(row["variant"], row["n"], row["contexts"]) for row in dense] == [
         ("64 needles", 128, 2), ("first of 64 needles", 2, 2)]

@@ -151,15 +151,15 @@ def found(pattern, tokens):
     return [i for i in range(len(tokens) - len(pattern) + 1) if tokens[i : i + len(pattern)] == pattern]
 
 
-def answer_by_reading(document, before, key, between, keys, length, depth=0):
+def answer_by_reading(document, before, key, between, after, keys, length, depth=0):
     """What `document` (the text before the question) says of `key`: the latest statement counts, links are spelt out."""
     assert depth < 4
     asked = before + key + between
     place = max(found(asked, document)) + len(asked)
     named = list(itertools.takewhile(keys.__contains__, document[place:]))
     if named:
-        way = named + between
-        return way + answer_by_reading(document, before, named, between, keys, length - len(way), depth + 1)
+        way = named + after + before + named + between
+        return way + answer_by_reading(document, before, named, between, after, keys, length - len(way), depth + 1)
     return document[place : place + length]
 
 
@@ -213,8 +213,9 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
             question = tokens[task.starts[-1] : task.starts[-1] + lengths[-1]]
             end = len(question) - len(task.answer) - max(found(task.answer.tolist(), question))
             before, key, between, answer, after = parse(question, keys, len(task.answer), end)
-            assert all(piece[-end:].tolist() == after for piece in task.pieces) and after[0] not in answer
-            value = answer[sum(len(other) + len(between) for other in task.keys[:-1]) :]
+            assert all(piece[-end:].tolist() == after for piece in task.pieces)
+            value = answer[sum(2 * len(other) + len(after + before + between) for other in task.keys[:-1]) :]
+            assert after[0] not in value
             asked_with.add((*before, -1, *between, -1, *after))
             of_class += set(value) <= values
             of_text += not set(value) <= values
@@ -228,7 +229,7 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
                         for place in found(key, piece.tolist())]
             assert found(key, tokens) == sorted(mentions)
             heard = tokens[begin : task.starts[-1]]
-            assert answer_by_reading(heard, before, key, between, keys, len(answer)) == answer
+            assert answer_by_reading(heard, before, key, between, after, keys, len(answer)) == answer
             asked = found(before + key + between, heard)
             assert len(asked) == {"two values": 2, "asked twice": 2, "asked three times": 3}.get(task.kind, 1)
             links = sum(piece[-end - 1] in keys for piece in task.pieces)
