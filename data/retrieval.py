@@ -12,9 +12,9 @@ the text: or a model learns which tokens are asked for, and looks for no others.
 has a token that no key, value or template of evaluation has.
 
 Of a key stated more than once, the value is that of its latest statement. The answer to a question about the key of a link
-spells the way out, statement after statement: OTHER_KEY after before OTHER_KEY between VALUE after, wherever that key is stated,
-and so on over more links. As every statement is spelt to its end, which is a word of its own, a model that copies needs not
-guess where a key or a value ends.
+spells the way out, statement after statement: OTHER_KEY after before OTHER_KEY between VALUE after, wherever that key is
+stated, and so on over more links. As every statement is spelt to its end, which is a word of its own, a model that copies
+needs not guess where a key or a value ends.
 
 The mixer writes passages too: tokens of a document's own text, any of the vocabulary, that stand in it a second time further
 on. Statements alone would teach to copy lists of words; passages teach to copy whatever there is.

@@ -37,7 +37,7 @@ class ContentShape:
     rows: int = 128  # S
     shared: bool = False  # all heads of the layer read the claims, not the pointer heads alone
     pooled: bool = False  # no landmarks: the mean over a block of its keys' non-rotating dimensions, for comparison
-    ask_pacing: float = 8.0  # nats; the slots of a tile that has more to ask than those before must last to its end
+    ask_pacing: float = 32.0  # nats; the slots of a tile that has more to ask than those before must last to its end
     claim_pacing: float = 2.0  # nats
     memory: int = 8  # blocks of the past from which thresholds are taken
 

@@ -74,11 +74,11 @@ def _ask(score_BHT: Tensor, slots: int, memory: int, pacing: float) -> Tensor:
         from model.selection_triton import ask_tokens
 
         return ask_tokens(score_BHT, slots, memory, pacing)
-    score_BHNx, rank = score_BHT.unflatten(-1, (-1, BLOCK)), 3 * slots // 4
-    threshold_BHN = _mean_before(score_BHNx.sort(-1, descending=True).values[..., rank - 1], memory)
+    score_BHNx = score_BHT.unflatten(-1, (-1, BLOCK))
+    threshold_BHN = _mean_before(score_BHNx.sort(-1, descending=True).values[..., slots // 4 - 1], memory)
     num, asks = torch.zeros_like(threshold_BHN, dtype=torch.int32), []
     for x, score_BHN in enumerate(score_BHNx.unbind(-1)):
-        asks.append((num < slots) & (score_BHN > threshold_BHN + pacing * (num / rank - x / BLOCK)))
+        asks.append((num < slots) & (score_BHN > threshold_BHN + pacing * (num / slots - x / BLOCK).clamp(min=0)))
         num = num + asks[-1]
     position = torch.arange(BLOCK, device=score_BHT.device, dtype=torch.int32)
     return torch.where(torch.stack(asks, -1), position, BLOCK).sort(-1).values[..., :slots].contiguous()
@@ -90,11 +90,12 @@ def _(score_BHT, slots, memory, pacing):
     return score_BHT.new_empty(B, H, T // BLOCK, slots, dtype=torch.int32)
 
 
-def ask(score_BHT: Tensor, slots: int, memory: int = 8, pacing: float = 8.0) -> Tensor:
+def ask(score_BHT: Tensor, slots: int, memory: int = 8, pacing: float = 32.0) -> Tensor:
     """Positions in their tile, ascending, of the at most `slots` tokens that ask, int32 [B, H, N, slots]; BLOCK in unused
     slots. In token order, as long as slots are free: the token at position x asks, after c others, if its score exceeds the
-    mean, over the `memory` tiles before, of a tile's r-th largest score, r = 3/4 slots, by pacing * (c / r - x / BLOCK): a
-    tile's first tokens leave slots to its last. With a slot for every token, all ask."""
+    mean, over the `memory` tiles before, of a tile's r-th largest score, r = slots / 4, by pacing * max(0, c / slots - x /
+    BLOCK): most slots are kept for tiles that have more to ask than those before, and there a tile's first tokens leave some
+    to its last. With a slot for every token, all ask."""
     _check_slots(slots)
     _check_tokens(score_BHT.size(-1))
     if slots == BLOCK:

@@ -75,14 +75,14 @@ def _mean_before(value_ptr, row, n, MEMORY: tl.constexpr):
 
 
 @triton.jit
-def _ask_kernel(score_ptr, nth_ptr, idx_ptr, N, rank, pacing, MEMORY: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+def _ask_kernel(score_ptr, nth_ptr, idx_ptr, N, pacing, MEMORY: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
     """One tile, its tokens in order."""
     row, slot = tl.program_id(0).to(tl.int64), tl.arange(0, R)
     threshold = _mean_before(nth_ptr, row, row % N, MEMORY)
     chosen, num = tl.full([R], BLOCK, tl.int32), tl.full([], 0, tl.int32)
     for x in range(BLOCK):
         score = tl.load(score_ptr + row * BLOCK + x).to(tl.float32)
-        bar = threshold + pacing * (tl.div_rn(num.to(tl.float32), rank) - x / BLOCK)
+        bar = threshold + pacing * tl.maximum(num.to(tl.float32) * (1.0 / R) - x / BLOCK, 0.0)
         asks = (num < R) & (score > bar)
         chosen = tl.where(asks & (slot == num), x, chosen)
         num += asks.to(tl.int32)
@@ -94,9 +94,8 @@ def ask_tokens(score_BHT: Tensor, slots: int, memory: int, pacing: float) -> Ten
     N, score = T // BLOCK, score_BHT.contiguous()
     idx = torch.empty(B, H, N, slots, device=score.device, dtype=torch.int32)
     nth = torch.empty(B, H, N, device=score.device, dtype=torch.float32)
-    rank = 3 * slots // 4
-    _nth_score_kernel[(B * H * N,)](score, nth, rank, BLOCK, num_warps=4)
-    _ask_kernel[(B * H * N,)](score, nth, idx, N, float(rank), pacing, memory, slots, BLOCK, num_warps=1)
+    _nth_score_kernel[(B * H * N,)](score, nth, slots // 4, BLOCK, num_warps=4)
+    _ask_kernel[(B * H * N,)](score, nth, idx, N, pacing, memory, slots, BLOCK, num_warps=1)
     return idx
 
 

@@ -57,10 +57,10 @@ def kernels():
 
 def asking(block, before, slots, pacing):
     """The askers of one tile, given the tiles before it."""
-    nth = [sorted(scores, reverse=True)[3 * slots // 4 - 1] for scores in before]
+    nth = [sorted(scores, reverse=True)[slots // 4 - 1] for scores in before]
     threshold, asks = sum(nth) / len(nth) if nth else -math.inf, []
     for x in range(BLOCK):
-        if slots == BLOCK or len(asks) < slots and block[x] > threshold + pacing * (len(asks) / (3 * slots // 4) - x / BLOCK):
+        if slots == BLOCK or len(asks) < slots and block[x] > threshold + pacing * max(0, len(asks) / slots - x / BLOCK):
             asks.append(x)
     return asks + [BLOCK] * (slots - len(asks))
 
@@ -86,10 +86,10 @@ def test_a_tile_with_more_to_ask_than_those_before_leaves_slots_to_its_last_toke
     generator = torch.Generator().manual_seed(0)
     score = 1.5 * torch.randn(1, 400, 9, BLOCK, generator=generator)
     score[:, :, 8] += 1.5
-    score[:, :, 8, 110:118] = 5.0  # above the threshold, the mean of the 12th largest of 128, by about 3
-    late = {pacing: ask(score.flatten(2).to(DEVICE), 16, pacing=pacing)[0, :, 8].cpu() for pacing in (2.0, 8.0)}
+    score[:, :, 8, 110:118] = 5.0  # above the threshold, the mean of the 4th largest of 128, by about 2
+    late = {pacing: ask(score.flatten(2).to(DEVICE), 16, pacing=pacing)[0, :, 8].cpu() for pacing in (0.0, 32.0)}
     asked = {pacing: ((at >= 110) & (at < 118)).any(-1).float().mean().item() for pacing, at in late.items()}
-    assert asked[8.0] > 0.99 and asked[2.0] < 0.6
+    assert asked[32.0] > 0.99 and asked[0.0] < 0.6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
