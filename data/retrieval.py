@@ -1,8 +1,8 @@
 """Synthetic retrieval: statements `key -> value` and questions, in token ids alone, and the mixer that writes them over
 training text.
 
-    statement   before KEY between VALUE after        link   before KEY between OTHER_KEY after
-    question    before KEY between                    and the answer follows: VALUE after
+    statement   before KEY between VALUE after        link   before KEY linking OTHER_KEY after
+    question    before KEY between (or linking)       and the answer follows: VALUE after
 
 Training and evaluation speak this one grammar, and no key, value or template of the one is ever one of the other. A fixed
 hash of the token id, whatever the text, puts every token into one of four classes. Keys of evaluation are made of one of
@@ -12,9 +12,9 @@ the text: or a model learns which tokens are asked for, and looks for no others.
 has a token that no key, value or template of evaluation has.
 
 Of a key stated more than once, the value is that of its latest statement. The answer to a question about the key of a link
-spells the way out, statement after statement: OTHER_KEY after before OTHER_KEY between VALUE after, wherever that key is
-stated, and so on over more links. As every statement is spelt to its end, which is a word of its own, a model that copies
-needs not guess where a key or a value ends.
+spells the way out: OTHER_KEY between its VALUE after, wherever that key is stated, or over more links OTHER_KEY linking
+ANOTHER_KEY and so on. As links have words of their own, what answers a question for a value is never taken for a key; and as
+statements end with a word of their own, where an answer ends need not be guessed.
 
 The mixer writes passages too: tokens of a document's own text, any of the vocabulary, that stand in it a second time further
 on. Statements alone would teach to copy lists of words; passages teach to copy whatever there is.
@@ -39,9 +39,9 @@ import numpy as np
 MIN_IDS = 8  # keys and values each need this many tokens to choose from
 KEY_CLASS, VALUE_CLASS = 2, 3  # of evaluation, and so are the words of its templates
 # (before, between, after) tokens of a template: training draws new words again and again, evaluation has one template of each.
-TRAINED_SHAPES = ((1, 0, 1), (0, 1, 1), (1, 1, 1), (0, 2, 1), (2, 1, 1), (1, 2, 1), (3, 1, 2), (2, 3, 2))
+TRAINED_SHAPES = ((1, 0, 1), (0, 1, 1), (1, 1, 1), (0, 2, 1), (2, 1, 1), (1, 2, 1), (3, 1, 2), (2, 3, 2), (1, 3, 1), (0, 4, 1),
+                  (1, 4, 2))
 EVALUATED_SHAPES = ((1, 1, 1), (2, 0, 1), (2, 2, 1), (0, 3, 2))
-LINK_SHAPES = tuple(shape for shape in TRAINED_SHAPES if min(shape) > 0)
 COUNT_CHUNK = 1 << 22  # tokens; bincount widens its input to int64, so this bounds memory to 32 MiB
 KEY_LENGTHS, VALUE_LENGTHS, PASSAGE_LENGTHS = (2, 5), (2, 12), (8, 64)  # tokens, both ends included
 MIN_DISTANCE = 32  # tokens between the starts of any two pieces of a task (more than any but the last has), and between copies
@@ -126,30 +126,30 @@ def trained_words(counts_V, delimiter):
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """The words around a key and behind its value, int64 arrays of 0 to 3 token ids; only one of the first two may be empty."""
+    """The words around a key and behind its value, int64 arrays of 0 to 4 token ids; only one of the first two may be empty.
+    `linking` stands for `between` in links; without it, the template has none."""
 
     before: np.ndarray
     between: np.ndarray
     after: np.ndarray
+    linking: np.ndarray
 
     @property
     def links(self):
-        """Whether it serves for links: one key must not run into the other, nor may the key that a link names look like the
-        start of a statement."""
-        return len(self.before) > 0 and len(self.between) > 0
+        return len(self.linking) > 0
 
-    def statement(self, key, value):
+    def statement(self, key, value, link=False):
         """The tokens that say that `key` has this value; the value of a link is another key."""
-        return np.concatenate([self.before, key, self.between, value, self.after])
+        return np.concatenate([self.question(key, link), value, self.after])
 
-    def question(self, key):
-        """The tokens that ask for the value of `key`; the answer follows."""
-        return np.concatenate([self.before, key, self.between])
+    def question(self, key, link=False):
+        """The tokens that ask for the value of `key`, or for the key that it is linked to; the answer follows."""
+        return np.concatenate([self.before, key, self.linking if link else self.between])
 
     def way(self, keys):
-        """What stands between the question and the value: the end of every link and the beginning of the statement to which it
-        leads, for the keys that the links name, in the order in which they are met."""
-        return np.concatenate([part for key in keys for part in (key, self.after, self.question(key))] or [self.before[:0]])
+        """What stands between the question and the value: the keys that the links name, in the order in which they are met."""
+        parts = [part for key in keys for part in (key, self.linking)]
+        return np.concatenate([*parts[:-1], self.between]) if keys else self.before[:0]
 
 
 def template_ids(counts_V, delimiter):
@@ -160,10 +160,23 @@ def template_ids(counts_V, delimiter):
     return np.concatenate([_by_frequency(counts_V, delimiter, c)[0] for c in (KEY_CLASS, VALUE_CLASS)])
 
 
-def cut_template(words, shape):
+def cut_template(words, shape, linking):
     """The template of these tokens; `shape`: how many before, between and after."""
     before, between, _ = shape
-    return Template(words[:before], words[before : before + between], words[before + between :])
+    return Template(words[:before], words[before : before + between], words[before + between :], linking)
+
+
+def can_link(shape):
+    """One key must not run into the other, nor may the key that a link names look like the start of a statement."""
+    return min(shape) > 0
+
+
+def _draw_linking(generator, ids, words, shape):
+    """int64, as many words for links as there are between key and value: none of the template's `words`."""
+    drawn = _draw(generator, ids, shape[1])
+    while set(drawn.tolist()) & set(words.tolist()):
+        drawn = _draw(generator, ids, shape[1])
+    return drawn
 
 
 def templates(counts_V, delimiter):
@@ -171,7 +184,9 @@ def templates(counts_V, delimiter):
     ids = template_ids(counts_V, delimiter)
     digest = hashlib.sha256(b"templates eval").digest()
     generator = np.random.RandomState(np.frombuffer(digest, dtype="<u4"))  # its stream is the same in every NumPy release
-    return [cut_template(_draw(generator, ids, sum(shape)), shape) for shape in EVALUATED_SHAPES]
+    drawn = [_draw(generator, ids, sum(shape)) for shape in EVALUATED_SHAPES]
+    return [cut_template(words, shape, _draw_linking(generator, ids, words, shape) if can_link(shape) else words[:0])
+            for words, shape in zip(drawn, EVALUATED_SHAPES, strict=True)]
 
 
 def _draw(generator, ids, length):
@@ -403,9 +418,10 @@ class _Draft:
         known = [t for t in known if t.links] if kind.links else known
         if known and self.random() < KNOWN_TEMPLATES:
             return known[self.below(len(known))]
-        shapes = LINK_SHAPES if kind.links else TRAINED_SHAPES
-        shape = shapes[self.below(len(shapes))]
-        return cut_template(self.words(self.mixer.common_ids, sum(shape), (KEY_CLASS, VALUE_CLASS)), shape)
+        shapes = [shape for shape in TRAINED_SHAPES if can_link(shape)] if kind.links else TRAINED_SHAPES
+        shape, ids = shapes[self.below(len(shapes))], self.mixer.common_ids
+        words = self.words(ids, sum(shape), (KEY_CLASS, VALUE_CLASS))
+        return cut_template(words, shape, _draw_linking(self, ids, words, shape) if kind.links else words[:0])
 
     def pieces(self, kind, template, neighbours):
         """(keys, answer, pieces) of a task that has no place yet; no keys when they cannot be told from others."""
@@ -419,9 +435,9 @@ class _Draft:
             values[value.tobytes()] = value
         values = list(values.values())
         statements = [template.statement(keys[0], value) for value in values]
-        links = [template.statement(key, known) for known, key in itertools.pairwise(keys)]
+        links = [template.statement(key, known, link=True) for known, key in itertools.pairwise(keys)]
         answer = np.concatenate([template.way(keys[-2::-1]), values[-1]])
-        asked = np.concatenate([template.question(keys[-1]), answer, template.after])
+        asked = np.concatenate([template.question(keys[-1], link=kind.links > 0), answer, template.after])
         return keys, answer, statements + links + [asked] * kind.questions
 
     def words(self, ids, length, evaluated):

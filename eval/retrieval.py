@@ -179,15 +179,16 @@ class Statement:
     template: object
     key: np.ndarray
     value: np.ndarray
+    link: bool = False
 
     @property
     def tokens(self) -> np.ndarray:
-        return self.template.statement(self.key, self.value)
+        return self.template.statement(self.key, self.value, self.link)
 
     @property
     def question(self) -> np.ndarray:
         """Also the part of the statement before its value."""
-        return self.template.question(self.key)
+        return self.template.question(self.key, self.link)
 
 
 def draw_row(draw, rows) -> list[int]:
@@ -288,8 +289,8 @@ class Library:
             case "tracking":
                 chain = [key() for _ in range(number + 1)]
                 made = [Statement(one, chain[0], value())]
-                made += [Statement(one, new, old) for old, new in zip(chain, chain[1:], strict=False)]
-                return made, [(one.question(chain[-1]), np.concatenate([one.way(chain[-2::-1]), made[0].value]), 0)]
+                made += [Statement(one, new, old, link=True) for old, new in zip(chain, chain[1:], strict=False)]
+                return made, [(made[-1].question, np.concatenate([one.way(chain[-2::-1]), made[0].value]), 0)]
             case _:
                 made, asked = [Statement(template(), key(), value()) for _ in range(number)], draw.permutation(number).tolist()
         return made, [(made[i].question, made[i].value, i) for i in asked]

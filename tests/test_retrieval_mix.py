@@ -151,16 +151,29 @@ def found(pattern, tokens):
     return [i for i in range(len(tokens) - len(pattern) + 1) if tokens[i : i + len(pattern)] == pattern]
 
 
-def answer_by_reading(document, before, key, between, after, keys, length, depth=0):
+def answer_by_reading(document, before, key, between, linking, keys, length, depth=0):
     """What `document` (the text before the question) says of `key`: the latest statement counts, links are spelt out."""
     assert depth < 4
-    asked = before + key + between
+    linked, asked = found(before + key + linking, document) if linking else [], before + key + between
+    if linked:
+        place = max(linked) + len(before + key + linking)
+        named = list(itertools.takewhile(keys.__contains__, document[place:]))
+        assert named and not found(asked, document)
+        way = named + (linking if found(before + named + linking, document) else between)
+        return way + answer_by_reading(document, before, named, between, linking, keys, length - len(way), depth + 1)
     place = max(found(asked, document)) + len(asked)
-    named = list(itertools.takewhile(keys.__contains__, document[place:]))
-    if named:
-        way = named + after + before + named + between
-        return way + answer_by_reading(document, before, named, between, after, keys, length - len(way), depth + 1)
+    assert document[place] not in keys
     return document[place : place + length]
+
+
+def split_answer(answer, keys, length):
+    """(words behind each of the keys, value) of an answer that names them in this order, `length` words each."""
+    words = []
+    for key in keys:
+        assert answer[: len(key)] == key.tolist()
+        words.append(answer[len(key) : len(key) + length])
+        answer = answer[len(key) + length :]
+    return words, answer
 
 
 def document_of(place, original, delimiter):
@@ -214,13 +227,16 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
             end = len(question) - len(task.answer) - max(found(task.answer.tolist(), question))
             before, key, between, answer, after = parse(question, keys, len(task.answer), end)
             assert all(piece[-end:].tolist() == after for piece in task.pieces)
-            value = answer[sum(2 * len(other) + len(after + before + between) for other in task.keys[:-1]) :]
+            words, value = split_answer(answer, task.keys[-2::-1], len(between))
+            between, linking = (words[-1], between) if words else (between, [])
+            assert all(other == linking for other in words[:-1])
+            assert not words or len({*before, *between, *linking, *after}) == len(before + between + linking + after)
             assert after[0] not in value
             asked_with.add((*before, -1, *between, -1, *after))
             of_class += set(value) <= values
             of_text += not set(value) <= values
             template = [*before, *between, *after]
-            assert set(template) <= common and (token_classes(template) < 2).any()
+            assert {*template, *linking} <= common and (token_classes(template) < 2).any()
             assert (token_classes(value) != 3).any() and (token_classes(key) != 2).any()
             assert answer == task.answer.tolist() and key == task.keys[-1].tolist()
             assert 2 <= len(key) == len(set(key)) <= 5 and 2 <= len(value) == len(set(value)) <= 12
@@ -229,8 +245,8 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
                         for place in found(key, piece.tolist())]
             assert found(key, tokens) == sorted(mentions)
             heard = tokens[begin : task.starts[-1]]
-            assert answer_by_reading(heard, before, key, between, after, keys, len(answer)) == answer
-            asked = found(before + key + between, heard)
+            assert answer_by_reading(heard, before, key, between, linking, keys, len(answer)) == answer
+            asked = found(before + key + (linking or between), heard)
             assert len(asked) == {"two values": 2, "asked twice": 2, "asked three times": 3}.get(task.kind, 1)
             links = sum(piece[-end - 1] in keys for piece in task.pieces)
             assert not links or (before and between)
