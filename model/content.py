@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.attention import BLOCK, BlockLists, Documents
 from model.selection import Claims, admit, append_claims, ask, content_lists, far_end, odds_floor, search
 
-TAPS = 4  # tokens that a pointer head's query and key see
+TAPS = 8  # tokens that a pointer head's query and key see
 LEAST_PAST = 512  # tokens of its document that a sampled row must have behind it
 LOSSES = ("landmark_kl", "ask_bce")
 
@@ -89,7 +89,7 @@ class ContentPointers(nn.Module):
     def __init__(self, shape: ContentShape, generator: torch.Generator):
         super().__init__()
         self.shape = s = shape
-        taps = 0.3 * torch.randn(2, TAPS, s.heads, s.head_dim, generator=generator)
+        taps = 0.2 * torch.randn(2, TAPS, s.heads, s.head_dim, generator=generator)
         taps[:, 0] += 1
         self.taps = nn.Parameter(taps)
         if s.pooled:
@@ -99,7 +99,7 @@ class ContentPointers(nn.Module):
         self.w_ask = nn.Parameter(torch.zeros(s.heads, s.head_dim + s.stream_dim + 1))
 
     def blend(self, q_BTHD: Tensor, k_BTHD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-        """The pointer heads' queries and keys before their norm become weighted sums over the last four tokens of the
+        """The pointer heads' queries and keys before their norm become weighted sums over the last TAPS tokens of the
         document, channel by channel, so that one layer can match what stands before a place."""
         P, T, id_T = self.shape.heads, q_BTHD.size(1), documents.id_T
 
