@@ -396,8 +396,8 @@ class Config:
     def content_shape(self) -> ContentShape:
         return ContentShape(self.spectral_pointer_heads, self.head_dim, self.model_dim, self.spectral_landmark_dim,
                             self.spectral_pointer_asking, self.spectral_pointer_far_blocks,
-                            -math.inf if self.pooled else self.spectral_pointer_floor, shared=self.spectral_pointer_share,
-                            pooled=self.pooled)
+                            -math.inf if self.pooled else self.spectral_pointer_floor,
+                            sharing=self.num_heads * self.spectral_pointer_share, pooled=self.pooled)
 
     def spectral_layer_ids(self) -> set[int]:
         """Layers with the bias, the pointers, or both."""

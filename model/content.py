@@ -35,11 +35,16 @@ class ContentShape:
     far_blocks: int = 16  # W, blocks that a query block may claim
     floor: float = 2.0  # log-odds, over those of an average block of the past, below which nothing is claimed
     rows: int = 128  # S
-    shared: bool = False  # all heads of the layer read the claims, not the pointer heads alone
+    sharing: int = 0  # heads of the layer, where all of them read the claims; 0: the pointer heads alone do
     pooled: bool = False  # no landmarks: the mean over a block of its keys' non-rotating dimensions, for comparison
     ask_pacing: float = 32.0  # nats; the slots of a tile that has more to ask than those before must last to its end
     claim_pacing: float = 2.0  # nats
     memory: int = 8  # blocks of the past from which thresholds are taken
+
+    @property
+    def matching(self) -> int:
+        """Heads, the first of the layer, whose queries and keys are blended: those that read the claims."""
+        return self.sharing or self.heads
 
     @property
     def target(self) -> int:
@@ -89,7 +94,7 @@ class ContentPointers(nn.Module):
     def __init__(self, shape: ContentShape, generator: torch.Generator):
         super().__init__()
         self.shape = s = shape
-        taps = 0.2 * torch.randn(2, TAPS, s.heads, s.head_dim, generator=generator)
+        taps = 0.2 * torch.randn(2, TAPS, s.matching, s.head_dim, generator=generator)
         taps[:, 0] += 1
         self.taps = nn.Parameter(taps)
         if s.pooled:
@@ -99,17 +104,17 @@ class ContentPointers(nn.Module):
         self.w_ask = nn.Parameter(torch.zeros(s.heads, s.head_dim + s.stream_dim + 1))
 
     def blend(self, q_BTHD: Tensor, k_BTHD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-        """The pointer heads' queries and keys before their norm become weighted sums over the last TAPS tokens of the
-        document, channel by channel, so that one layer can match what stands before a place."""
-        P, T, id_T = self.shape.heads, q_BTHD.size(1), documents.id_T
+        """Queries and keys, before their norm, of the heads that read the claims become weighted sums over the last TAPS tokens
+        of the document, channel by channel, so that one layer can match what stands before a place."""
+        R, T, id_T = self.shape.matching, q_BTHD.size(1), documents.id_T
 
         def mixed(x_BTHD, taps):
-            x = x_BTHD[:, :, :P]
+            x = x_BTHD[:, :, :R]
             total = x * taps[0]
             for lag in range(1, TAPS):  # every tensor has T rows: torch 2.11's compiler fails where their sums' lengths differ
                 before, id_before_T = F.pad(x, (0, 0, 0, 0, lag, 0))[:, :T], F.pad(id_T, (lag, 0), value=-1)[:T]
                 total = total + before * (id_before_T == id_T)[:, None, None] * taps[lag]
-            return torch.cat([total, x_BTHD[:, :, P:]], 2)
+            return torch.cat([total, x_BTHD[:, :, R:]], 2)
 
         return tuple(mixed(x, w) for x, w in zip((q_BTHD, k_BTHD), self.taps.type_as(q_BTHD), strict=True))
 
@@ -154,11 +159,11 @@ class ContentPointers(nn.Module):
         num, refused = (torch.where(state.radius < 0, 0, x) for x in (claims.num_BHN, refused))
         claims = Claims(num, claims.block_BHNW, claims.time_BHNW)
         if offsets is not None:
-            readers = torch.arange(heads if s.shared else s.heads, device=num.device) % s.heads
+            readers = torch.arange(s.matching, device=num.device) % s.heads
             lists = append_claims(offsets, Claims(*(x[:, readers] for x in claims)))
         else:
             lists = content_lists(claims, documents, state.local_blocks, state.global_blocks, window, list_shape.local_blocks,
-                                  list_shape.global_blocks, window_slots, heads, s.shared)
+                                  list_shape.global_blocks, window_slots, heads, s.sharing > 0)
         asked = self.worth(found.log_odds_BHNR, claims.time_BHNW) if self.training and not s.pooled else None
         return Pointing(lists, claims, refused, found.log_odds_BHNR, asked)
 

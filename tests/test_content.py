@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,15 +29,19 @@ def heads(seed, length=T, count=3):
     return [noise((1, length, count, 32), (seed, i)).double() for i in range(2)]
 
 
-def test_blend_against_loops():
-    module, documents = pointers(), Documents.of(documents_of(T, 1, mean_length=60), DELIMITER)
+@pytest.mark.parametrize("sharing", [0, 3])
+def test_blend_against_loops(sharing):
+    """Of the heads that read what is found: the pointer heads, two of three, or all."""
+    documents = Documents.of(documents_of(T, 1, mean_length=60), DELIMITER)
+    module = pointers(shape=replace(SHAPE, sharing=sharing))
     q, k = heads(1)
     for x, taps, found in zip((q, k), module.taps, module.blend(q, k, documents), strict=True):
-        assert torch.equal(found[:, :, 2:], x[:, :, 2:])  # not a pointer head
+        count = sharing or 2
+        assert torch.equal(found[:, :, count:], x[:, :, count:])
         for t in [*range(6), *range(T - 300, T)]:
-            total = sum(taps[lag] * x[0, t - lag, :2] for lag in range(TAPS)
+            total = sum(taps[lag] * x[0, t - lag, :count] for lag in range(TAPS)
                         if t >= lag and documents.id_T[t] == documents.id_T[t - lag])
-            torch.testing.assert_close(found[0, t, :2], total)
+            torch.testing.assert_close(found[0, t, :count], total)
 
 
 def test_maps_start_as_an_estimate_of_the_content():
