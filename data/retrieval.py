@@ -7,9 +7,9 @@ training text.
 Training and evaluation speak this one grammar, and no key, value or template of the one is ever one of the other. A fixed
 hash of the token id, whatever the text, puts every token into one of four classes. Keys of evaluation are made of one of
 them, its values of another, the words of its templates of the commonest tokens of the two. What training writes is of any
-class, the keys of each sequence of a quarter of the tokens that is drawn for it, its values of another quarter or words of
-the text: or a model learns which tokens are asked for, and looks for no others. But each key, value and template of training
-has a token that no key, value or template of evaluation has.
+class and of any frequency: which tokens are for keys, which for values and which for templates is drawn anew for every
+sequence. Or a model learns to tell from a token which of the three it belongs to, and looks for no others. But each key, value
+and template of training has a token that no key, value or template of evaluation has.
 
 Of a key stated more than once, the value is that of its latest statement. The answer to a question about the key of a link
 spells the way out: OTHER_KEY between its VALUE after, wherever that key is stated, or over more links OTHER_KEY linking
@@ -52,6 +52,9 @@ PLACE_TRIES = 16  # places that are tried for one piece
 KEY_TRIES = 16  # draws of a key that is in the sequence nowhere yet
 MAX_FAILURES = 1024  # tasks in a row that found no place: the sequence takes no more
 PASSAGES = 0.5  # share of the overwritten tokens that are copies of passages; the rest are statements and questions
+# Shares of the common, the middle and the rare ids among the words of keys, values and templates. If no value has a common one,
+# those in values are taken for a template's. Keys have none, as a piece touches no key token of the text.
+KEY_WORDS, VALUE_WORDS, TEMPLATE_WORDS = (0.0, 0.8, 0.2), (0.1, 0.3, 0.6), (0.6, 0.3, 0.1)
 VALUES_OF_TEXT = 0.5  # share of the tasks with keys whose values are words of the text
 VALUE_TRIES = 16  # draws of such a value
 
@@ -119,8 +122,7 @@ def word_pools(counts_V, delimiter):
 
 
 def trained_words(counts_V, delimiter):
-    """(common, middle, rare), int64, of all classes: training's templates are made of the first, its keys of the second, its
-    values of the last two. ValueError as for word_pools."""
+    """(common, middle, rare), int64, of all classes. ValueError as for word_pools."""
     return tuple(map(np.concatenate, zip(*(_by_frequency(counts_V, delimiter, c) for c in range(4)), strict=True)))
 
 
@@ -171,11 +173,11 @@ def can_link(shape):
     return min(shape) > 0
 
 
-def _draw_linking(generator, ids, words, shape):
-    """int64, as many words for links as there are between key and value: none of the template's `words`."""
-    drawn = _draw(generator, ids, shape[1])
+def _draw_linking(draw, words, shape):
+    """int64, as many words for links as there are between key and value, from draw(number): none of the template's `words`."""
+    drawn = draw(shape[1])
     while set(drawn.tolist()) & set(words.tolist()):
-        drawn = _draw(generator, ids, shape[1])
+        drawn = draw(shape[1])
     return drawn
 
 
@@ -184,8 +186,12 @@ def templates(counts_V, delimiter):
     ids = template_ids(counts_V, delimiter)
     digest = hashlib.sha256(b"templates eval").digest()
     generator = np.random.RandomState(np.frombuffer(digest, dtype="<u4"))  # its stream is the same in every NumPy release
-    drawn = [_draw(generator, ids, sum(shape)) for shape in EVALUATED_SHAPES]
-    return [cut_template(words, shape, _draw_linking(generator, ids, words, shape) if can_link(shape) else words[:0])
+
+    def draw(length):
+        return _draw(generator, ids, length)
+
+    drawn = [draw(sum(shape)) for shape in EVALUATED_SHAPES]
+    return [cut_template(words, shape, _draw_linking(draw, words, shape) if can_link(shape) else words[:0])
             for words, shape in zip(drawn, EVALUATED_SHAPES, strict=True)]
 
 
@@ -234,16 +240,13 @@ class Mixer:
 
     def __init__(self, share, seed, counts_V, delimiter):
         self.share, self.seed, self.delimiter = share, seed, delimiter
-        common_ids, self.middle_ids, self.rare_ids = trained_words(counts_V, delimiter)
-        self.middle_class = token_classes(self.middle_ids) << 32
-        self.common_ids = common_ids.tolist()  # a list: faster to draw from
+        self.kinds = trained_words(counts_V, delimiter)
         self.class_V = token_classes(np.arange(1 << 16)).astype(np.uint8).tobytes()
 
     def policy(self) -> str:
         return (
             f"retrieval mix: {self.share:.1%} of the training tokens, {PASSAGES:.0%} of them in copied passages; "
-            f"keys of {len(self.middle_ids)} tokens, values of those, {len(self.rare_ids)} rarer ones and the text, "
-            f"templates of {len(self.common_ids)}; validation text is left as it is"
+            f"keys, values and templates of {sum(map(len, self.kinds))} tokens; validation text is left as it is"
         )
 
     def mix(self, step, tokens, sequence):
@@ -309,6 +312,21 @@ def serve() -> None:
             sys.stdout.buffer.flush()
 
 
+class _Pool:
+    """Ids for one role in a sequence: of each kind that there are, in these shares."""
+
+    def __init__(self, kinds, shares):
+        kept = [(ids.tolist(), share) for ids, share in zip(kinds, shares, strict=True) if len(ids) and share]
+        self.kinds, shares = zip(*kept, strict=True)
+        self.edges = list(itertools.accumulate(shares))
+
+    def __iter__(self):
+        return itertools.chain(*self.kinds)
+
+    def __len__(self):
+        return sum(map(len, self.kinds))
+
+
 class _Draft:
     """The tasks of one sequence while they are drawn.
 
@@ -325,13 +343,11 @@ class _Draft:
         self.documents = [(a + 1, b) for a, b in itertools.pairwise(bounds) if b - a - 1 > MIN_DISTANCE]
         self.rooms = list(itertools.accumulate(end - begin - MIN_DISTANCE for begin, end in self.documents))
         self.taken = bytearray(len(tokens))  # by pieces, and by the text that passages copy
-        shuffled = mixer.middle_class + mixer.middle_ids * (2 * self.below(1 << 31) + 1) % (1 << 32)  # class by class
-        ids = mixer.middle_ids[np.argsort(shuffled)]
-        rare = mixer.rare_ids[mixer.rare_ids * (2 * self.below(1 << 31) + 1) >> 30 & 3 == 0]  # a quarter of them
-        keys, values = ids[0::4], np.concatenate([ids[1::4], rare])
-        self.key_ids, self.value_ids = keys.tolist(), values.tolist()
+        keys, values, words = zip(*map(self.deal, mixer.kinds), strict=True)
+        self.key_ids, self.value_ids = _Pool(keys, KEY_WORDS), _Pool(values, VALUE_WORDS)
+        self.template_ids = _Pool(words, TEMPLATE_WORDS)
         is_key_V = np.zeros(1 << 16, dtype=bool)
-        is_key_V[keys] = True
+        is_key_V[list(self.key_ids)] = True
         self.key_T = is_key_V[tokens].tobytes()
         self.barred_T = (is_key_V[tokens] | (tokens == mixer.delimiter)).tobytes()  # from values of the text
         pairs = np.flatnonzero(is_key_V[tokens[:-1]] & is_key_V[tokens[1:]])
@@ -340,9 +356,28 @@ class _Draft:
         self.neighbours = [[] for _ in self.documents]  # keys in each
         self.templates = [[] for _ in self.documents]
 
+    def deal(self, ids):
+        """An eighth, three eighths and half of the ids, dealt out anew: by an affine permutation, faster than a shuffle."""
+        n = len(ids)
+        factor = self.below(n) if n else 1
+        while math.gcd(factor, n) != 1:
+            factor = self.below(n)
+        place = (np.arange(n) * factor + self.below(n)) % max(n, 1) * 8
+        return ids[place < n], ids[(place >= n) & (place < 4 * n)], ids[place >= 4 * n]
+
     def below(self, n):
         """A whole number, uniform in [0, n)."""
         return int(self.random() * n)
+
+    def draw(self, pool, length):
+        """int64 [length] tokens of a pool, none twice."""
+        drawn = []
+        while len(drawn) < length:
+            ids = pool.kinds[bisect_right(pool.edges, self.random() * pool.edges[-1])]
+            token = ids[int(self.random() * len(ids))]
+            if token not in drawn:
+                drawn.append(token)
+        return np.array(drawn, dtype=np.int64)
 
     def between(self, ends):
         return ends[0] + self.below(ends[1] - ends[0] + 1)
@@ -419,9 +454,10 @@ class _Draft:
         if known and self.random() < KNOWN_TEMPLATES:
             return known[self.below(len(known))]
         shapes = [shape for shape in TRAINED_SHAPES if can_link(shape)] if kind.links else TRAINED_SHAPES
-        shape, ids = shapes[self.below(len(shapes))], self.mixer.common_ids
-        words = self.words(ids, sum(shape), (KEY_CLASS, VALUE_CLASS))
-        return cut_template(words, shape, _draw_linking(self, ids, words, shape) if kind.links else words[:0])
+        shape = shapes[self.below(len(shapes))]
+        words = self.words(self.template_ids, sum(shape), (KEY_CLASS, VALUE_CLASS))
+        linking = _draw_linking(lambda n: self.draw(self.template_ids, n), words, shape) if kind.links else words[:0]
+        return cut_template(words, shape, linking)
 
     def pieces(self, kind, template, neighbours):
         """(keys, answer, pieces) of a task that has no place yet; no keys when they cannot be told from others."""
@@ -440,10 +476,10 @@ class _Draft:
         asked = np.concatenate([template.question(keys[-1], link=kind.links > 0), answer, template.after])
         return keys, answer, statements + links + [asked] * kind.questions
 
-    def words(self, ids, length, evaluated):
-        """int64 [length] tokens of `ids`, none twice and not all of them of the classes `evaluated`."""
+    def words(self, pool, length, evaluated):
+        """int64 [length] tokens of a pool, none twice and not all of them of the classes `evaluated`."""
         while True:  # at least half of the ids are of other classes
-            words = _draw(self, ids, length)
+            words = self.draw(pool, length)
             if self.apart(words, evaluated):
                 return words
 
@@ -456,7 +492,7 @@ class _Draft:
         for _ in range(KEY_TRIES):
             if neighbours and self.random() < LOOKALIKES:
                 key = neighbours[self.below(len(neighbours))].copy()
-                key[-1] = draw_key(self, self.key_ids, 1)[0]
+                key[-1] = self.draw(self.key_ids, 1)[0]
                 if key[-1] in key[:-1] or not self.apart(key, (KEY_CLASS,)):
                     continue
             else:

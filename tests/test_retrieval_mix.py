@@ -24,7 +24,19 @@ import pytest
 import torch
 
 import scoped_medium as S
-from data.retrieval import KINDS, Mixer, draw_key, draw_value, template_ids, templates, token_classes, trained_words, word_pools
+from data.retrieval import (
+    KINDS,
+    TEMPLATE_WORDS,
+    VALUE_WORDS,
+    Mixer,
+    draw_key,
+    draw_value,
+    template_ids,
+    templates,
+    token_classes,
+    trained_words,
+    word_pools,
+)
 from data.shards import write_shard
 
 GPT2, BYTES = 50256, 256  # delimiters
@@ -204,13 +216,16 @@ TEXTS = pytest.mark.parametrize(
 @TEXTS
 def test_every_question_is_answered_earlier_in_its_document(delimiter, length, documents, share):
     mix = mixer(delimiter, share)
-    common, middle, rare = (set(ids.tolist()) for ids in trained_words(COUNTS[delimiter], delimiter))
-    kinds, asked_with, of_text, of_class = collections.Counter(), set(), 0, 0
+    sorts = [set(ids.tolist()) for ids in trained_words(COUNTS[delimiter], delimiter) if len(ids)]
+    kinds, asked_with, of_text, of_class, said, framed = collections.Counter(), set(), 0, 0, [], []
     for step in range(3 if share == 0.5 else 12):
         original = sequence(delimiter, length, documents, seed=step)
         mixed, draft = mix.mix(step, original, 1), mix.draft(step, original, 1)
-        plan, keys, values = draft.tasks, set(draft.key_ids), set(draft.value_ids)
-        assert keys <= middle and values <= middle | rare and keys.isdisjoint(values) and (not rare or values & rare)
+        plan, keys, values, words_of = draft.tasks, set(draft.key_ids), set(draft.value_ids), set(draft.template_ids)
+        assert set.union(*sorts) > keys | values | words_of and keys.isdisjoint(sorts[0])
+        assert keys.isdisjoint(values) and (keys | values).isdisjoint(words_of)
+        assert all(role & sort for role in (values, words_of) for sort in sorts)  # of every frequency
+        assert all(keys & sort for sort in sorts[1:])
         assert mixed.dtype == np.uint16 and (plan or length < 1000)  # a task may be too large for a small share
         changed_where_planned(original, mixed, plan, delimiter)
         tokens = mixed.tolist()
@@ -234,9 +249,11 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
             assert after[0] not in value
             asked_with.add((*before, -1, *between, -1, *after))
             of_class += set(value) <= values
+            said += [value] if set(value) <= values else []
+            framed += [before + between + linking + after]
             of_text += not set(value) <= values
             template = [*before, *between, *after]
-            assert {*template, *linking} <= common and (token_classes(template) < 2).any()
+            assert words_of.issuperset(template + linking) and (token_classes(template) < 2).any()
             assert (token_classes(value) != 3).any() and (token_classes(key) != 2).any()
             assert answer == task.answer.tolist() and key == task.keys[-1].tolist()
             assert 2 <= len(key) == len(set(key)) <= 5 and 2 <= len(value) == len(set(value)) <= 12
@@ -253,6 +270,9 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
             assert links == {"one link": 1, "two links": 2}.get(task.kind, 0)
     assert length < 8000 or share > 0.3 or kinds.keys() == {*KINDS, "passage"}  # fuller, few tasks of many pieces find room
     if length > 8000 and delimiter == GPT2:
+        for role, shares in ((said, VALUE_WORDS), (framed, TEMPLATE_WORDS)):
+            for sort, share in zip(sorts, shares, strict=True):
+                assert np.mean([word in sort for words in role for word in words]) == pytest.approx(share, abs=0.12)
         assert 0.4 < len(asked_with) / (of_text + of_class) < 0.8 and 0.3 < of_text / (of_text + of_class) < 0.7
 
 
