@@ -316,12 +316,12 @@ class _Pool:
     """Ids for one role in a sequence: of each kind that there are, in these shares."""
 
     def __init__(self, kinds, shares):
-        kept = [(ids.tolist(), share) for ids, share in zip(kinds, shares, strict=True) if len(ids) and share]
+        kept = [(ids, share) for ids, share in zip(kinds, shares, strict=True) if len(ids) and share]
         self.kinds, shares = zip(*kept, strict=True)
         self.edges = list(itertools.accumulate(shares))
 
-    def __iter__(self):
-        return itertools.chain(*self.kinds)
+    def ids(self):
+        return np.concatenate(self.kinds)
 
     def __len__(self):
         return sum(map(len, self.kinds))
@@ -347,7 +347,7 @@ class _Draft:
         self.key_ids, self.value_ids = _Pool(keys, KEY_WORDS), _Pool(values, VALUE_WORDS)
         self.template_ids = _Pool(words, TEMPLATE_WORDS)
         is_key_V = np.zeros(1 << 16, dtype=bool)
-        is_key_V[list(self.key_ids)] = True
+        is_key_V[self.key_ids.ids()] = True
         self.key_T = is_key_V[tokens].tobytes()
         self.barred_T = (is_key_V[tokens] | (tokens == mixer.delimiter)).tobytes()  # from values of the text
         pairs = np.flatnonzero(is_key_V[tokens[:-1]] & is_key_V[tokens[1:]])
@@ -374,7 +374,7 @@ class _Draft:
         drawn = []
         while len(drawn) < length:
             ids = pool.kinds[bisect_right(pool.edges, self.random() * pool.edges[-1])]
-            token = ids[int(self.random() * len(ids))]
+            token = int(ids[int(self.random() * len(ids))])
             if token not in drawn:
                 drawn.append(token)
         return np.array(drawn, dtype=np.int64)

@@ -221,7 +221,8 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
     for step in range(3 if share == 0.5 else 12):
         original = sequence(delimiter, length, documents, seed=step)
         mixed, draft = mix.mix(step, original, 1), mix.draft(step, original, 1)
-        plan, keys, values, words_of = draft.tasks, set(draft.key_ids), set(draft.value_ids), set(draft.template_ids)
+        keys, values, words_of = (set(pool.ids().tolist()) for pool in (draft.key_ids, draft.value_ids, draft.template_ids))
+        plan = draft.tasks
         assert set.union(*sorts) > keys | values | words_of and keys.isdisjoint(sorts[0])
         assert keys.isdisjoint(values) and (keys | values).isdisjoint(words_of)
         assert all(role & sort for role in (values, words_of) for sort in sorts)  # of every frequency
