@@ -173,6 +173,9 @@ def can_link(shape):
     return min(shape) > 0
 
 
+LINK_SHAPES = tuple(filter(can_link, TRAINED_SHAPES))
+
+
 def _draw_linking(draw, words, shape):
     """int64, as many words for links as there are between key and value, from draw(number): none of the template's `words`."""
     drawn = draw(shape[1])
@@ -195,13 +198,18 @@ def templates(counts_V, delimiter):
             for words, shape in zip(drawn, EVALUATED_SHAPES, strict=True)]
 
 
-def _draw(generator, ids, length):
-    drawn, uniform, n = [], generator.random, len(ids)
+def _distinct(token, length):
+    """int64 [length], what token() gives, none twice."""
+    drawn = []
     while len(drawn) < length:
-        token = ids[int(uniform() * n)]
-        if token not in drawn:
-            drawn.append(token)
+        if (new := token()) not in drawn:
+            drawn.append(new)
     return np.array(drawn, dtype=np.int64)
+
+
+def _draw(generator, ids, length):
+    uniform, n = generator.random, len(ids)
+    return _distinct(lambda: ids[int(uniform() * n)], length)
 
 
 def draw_key(generator, key_ids, length):
@@ -358,11 +366,11 @@ class _Draft:
 
     def deal(self, ids):
         """An eighth, three eighths and half of the ids, dealt out anew: by an affine permutation, faster than a shuffle."""
-        n = len(ids)
-        factor = self.below(n) if n else 1
+        n = max(len(ids), 1)
+        factor = self.below(n)
         while math.gcd(factor, n) != 1:
             factor = self.below(n)
-        place = (np.arange(n) * factor + self.below(n)) % max(n, 1) * 8
+        place = (np.arange(len(ids)) * factor + self.below(n)) % n * 8
         return ids[place < n], ids[(place >= n) & (place < 4 * n)], ids[place >= 4 * n]
 
     def below(self, n):
@@ -371,13 +379,11 @@ class _Draft:
 
     def draw(self, pool, length):
         """int64 [length] tokens of a pool, none twice."""
-        drawn = []
-        while len(drawn) < length:
+        def token():
             ids = pool.kinds[bisect_right(pool.edges, self.random() * pool.edges[-1])]
-            token = int(ids[int(self.random() * len(ids))])
-            if token not in drawn:
-                drawn.append(token)
-        return np.array(drawn, dtype=np.int64)
+            return int(ids[self.below(len(ids))])
+
+        return _distinct(token, length)
 
     def between(self, ends):
         return ends[0] + self.below(ends[1] - ends[0] + 1)
@@ -453,7 +459,7 @@ class _Draft:
         known = [t for t in known if t.links] if kind.links else known
         if known and self.random() < KNOWN_TEMPLATES:
             return known[self.below(len(known))]
-        shapes = [shape for shape in TRAINED_SHAPES if can_link(shape)] if kind.links else TRAINED_SHAPES
+        shapes = LINK_SHAPES if kind.links else TRAINED_SHAPES
         shape = shapes[self.below(len(shapes))]
         words = self.words(self.template_ids, sum(shape), (KEY_CLASS, VALUE_CLASS))
         linking = _draw_linking(lambda n: self.draw(self.template_ids, n), words, shape) if kind.links else words[:0]

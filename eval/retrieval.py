@@ -438,7 +438,7 @@ def evaluate_sample(score, library: Library, cell: Cell, index: int) -> dict:
     if cell.task == "gain":
         return record | dict(token_accuracy=float(correct.mean()))
     swapped = nats_and_said(sample.swapped_T)[0] if index < library.settings.swaps else []
-    values = [answer + sample.size - library.settings.value_length for answer in sample.answers]
+    values = [start + sample.size - library.settings.value_length for start in sample.answers]
     read = [int(reads(at - 1, at - back)) for at, back in zip(values, sample.distances, strict=True)] if reads else []
     return record | dict(distances=sample.distances, answer=answer.tolist(), said=said.tolist(),
                          correct=["".join("01"[int(x)] for x in row) for row in correct],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.attention import BLOCK, BlockLists, Documents
 from model.selection import Claims, admit, append_claims, ask, content_lists, far_end, odds_floor, search
 
-TAPS = 8  # tokens that a pointer head's query and key see
+TAPS = 8  # tokens that the query and the key of a head that reads claims see
 LEAST_PAST = 512  # tokens of its document that a sampled row must have behind it
 LOSSES = ("landmark_kl", "ask_bce")
 
