@@ -183,7 +183,8 @@ class Config:
     spectral_window_hold: float = _spectral(0.0, "share of the steps before the sliding windows grow beyond 2 blocks: what "
                                                  "lies farther, pointers alone can reach, and so they learn", low=0, high=0.99)
     spectral_pointer_heads: int = _spectral(1, "content: heads of a layer that search and read far blocks", low=1)
-    spectral_pointer_share: bool = _spectral(False, "content: all heads of the layer read the far blocks that are found")
+    spectral_pointer_readers: int = _spectral(0, "content: heads of a layer that read what is found, those that search among "
+                                                 "them; 0: those that search", low=0)
     spectral_pointer_far_blocks: int = _spectral(16, "content: far blocks that a query block reads at most", low=1, high=32)
     spectral_pointer_near_blocks: int = _spectral(4, "content: local band of the heads that search, blocks; few, or they learn "
                                                      "to search no further (mixed: SPECTRAL_POINTER_LOCAL_BLOCKS)", low=1)
@@ -355,6 +356,8 @@ class Config:
             if getattr(self, name).bit_count() != 1]
         if self.spectral_pointer_heads > self.num_heads:
             problems.append(f"SPECTRAL_POINTER_HEADS={self.spectral_pointer_heads} exceeds NUM_HEADS={self.num_heads}")
+        if self.spectral_pointer_readers > self.num_heads:
+            problems.append(f"SPECTRAL_POINTER_READERS={self.spectral_pointer_readers} exceeds NUM_HEADS={self.num_heads}")
         if self.pooled and self.head_dim // 2 not in POINTER_DIMS:
             problems.append(f"SPECTRAL_POINTER_SOURCE=pooled knows HEAD_DIM {', '.join(str(2 * d) for d in POINTER_DIMS)}, not "
                             f"{self.head_dim}")
@@ -397,7 +400,7 @@ class Config:
         return ContentShape(self.spectral_pointer_heads, self.head_dim, self.model_dim, self.spectral_landmark_dim,
                             self.spectral_pointer_asking, self.spectral_pointer_far_blocks,
                             -math.inf if self.pooled else self.spectral_pointer_floor,
-                            sharing=self.num_heads * self.spectral_pointer_share, pooled=self.pooled)
+                            readers=self.spectral_pointer_readers, pooled=self.pooled)
 
     def spectral_layer_ids(self) -> set[int]:
         """Layers with the bias, the pointers, or both."""
@@ -976,7 +979,7 @@ class Schedule(NamedTuple):
         if layer in c.spectral_layer_ids() and c.spectral_use_pointer_mask:
             if c.dense:
                 return c.train_seq_len // BLOCK
-            readers = c.num_heads if c.spectral_pointer_share else c.spectral_pointer_heads
+            readers = c.content_shape().matching
             far = c.spectral_pointer_far_blocks * readers if c.content_pointers else 0  # of all heads
             if c.pointer_source in ("content", "pooled"):
                 near = (c.pointer_band + self.global_blocks) * c.spectral_pointer_heads

@@ -259,7 +259,7 @@ def listed(setting: Setting, backend: str, layout: str | None, window: bool = Fa
 def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool = False) -> Cell:
     """Content pointers: `tokens` of a block search; `shared`: all heads read what is found. No log-odds are too low here, so on
     random data the threshold of the blocks before fills the lists. `ms` holds the selection too."""
-    shape = ContentShape(head_dim=D, asking=tokens, floor=-math.inf, sharing=H * shared)
+    shape = ContentShape(head_dim=D, asking=tokens, floor=-math.inf, readers=H * shared)
     module = ContentPointers(shape, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(module.w_ask, generator=torch.Generator().manual_seed(1))
     module = module.to(setting.device).eval()

@@ -35,7 +35,7 @@ class ContentShape:
     far_blocks: int = 16  # W, blocks that a query block may claim
     floor: float = 2.0  # log-odds, over those of an average block of the past, below which nothing is claimed
     rows: int = 128  # S
-    sharing: int = 0  # heads of the layer, where all of them read the claims; 0: the pointer heads alone do
+    readers: int = 0  # heads that read the claims, the first of the layer; 0: the pointer heads alone do
     pooled: bool = False  # no landmarks: the mean over a block of its keys' non-rotating dimensions, for comparison
     ask_pacing: float = 32.0  # nats; the slots of a tile that has more to ask than those before must last to its end
     claim_pacing: float = 2.0  # nats
@@ -44,7 +44,7 @@ class ContentShape:
     @property
     def matching(self) -> int:
         """Heads, the first of the layer, whose queries and keys are blended: those that read the claims."""
-        return self.sharing or self.heads
+        return max(self.readers, self.heads)
 
     @property
     def target(self) -> int:
@@ -145,7 +145,7 @@ class ContentPointers(nn.Module):
               offsets: BlockLists | None = None) -> Pointing:
         """Pointer heads read the local band, the anchors and their claims, the other heads a sliding window of `window` blocks
         (int32 scalar, at most `window_slots`); with `offsets`, the lists of predicted offsets, all of the `heads` read those,
-        and the pointer heads their claims too. Shared claims are read by all heads, those of head h % P by head h. `state` is a
+        and the pointer heads their claims too. Other readers read the claims of head h % P. `state` is a
         PointerState, whose negative radius switches the claims off."""
         s = self.shape
         if s.pooled:  # all tokens ask
@@ -163,7 +163,7 @@ class ContentPointers(nn.Module):
             lists = append_claims(offsets, Claims(*(x[:, readers] for x in claims)))
         else:
             lists = content_lists(claims, documents, state.local_blocks, state.global_blocks, window, list_shape.local_blocks,
-                                  list_shape.global_blocks, window_slots, heads, s.sharing > 0)
+                                  list_shape.global_blocks, window_slots, heads, s.readers)
         asked = self.worth(found.log_odds_BHNR, claims.time_BHNW) if self.training and not s.pooled else None
         return Pointing(lists, claims, refused, found.log_odds_BHNR, asked)
 

@@ -286,23 +286,23 @@ def far_end(documents: Documents, local: Tensor) -> Tensor:
 @torch.library.custom_op("scope::content_lists", mutates_args=())
 def _content_lists(num_BHN: Tensor, block_BHNW: Tensor, time_BHNW: Tensor, start_block_N: Tensor, local: Tensor,
                    globals_: Tensor, window: Tensor, local_slots: int, global_slots: int, window_slots: int,
-                   heads: int, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+                   heads: int, readers: int) -> tuple[Tensor, Tensor, Tensor]:
     if num_BHN.is_cuda:
         from model.selection_triton import write_lists
 
         return write_lists(num_BHN, block_BHNW, time_BHNW, start_block_N, local, globals_, window, local_slots, global_slots,
-                           window_slots, heads, shared)
+                           window_slots, heads, readers)
     B, Hp, N, W = block_BHNW.shape
     own, head = torch.arange(N, device=num_BHN.device), torch.arange(heads, device=num_BHN.device)
     points = head[:, None] < Hp
-    width = list_width(local_slots, global_slots, window_slots, W, N, shared)
+    width = list_width(local_slots, global_slots, window_slots, W, N, readers > Hp)
     reach = own - start_block_N + 1  # blocks of the document so far
     band = torch.where(points, local.clamp(1, local_slots), window.clamp(1, window_slots)).minimum(reach)  # [H, N]
     fixed = band + torch.where(points, globals_.clamp(0, global_slots), 0).minimum(reach - band)
     band, fixed = band[..., None], fixed[..., None]
     claim_block, claim_time = block_BHNW[:, head % Hp], time_BHNW[:, head % Hp]
     kept = torch.arange(W, device=num_BHN.device) < num_BHN[:, head % Hp, :, None]
-    kept &= points[..., None] | ((claim_block <= own[:, None] - band) if shared else False)  # what the window does not hold
+    kept &= points[..., None] | ((head[:, None, None] < readers) & (claim_block <= own[:, None] - band))  # not in the window
     num_claims, order = kept.sum(-1, keepdim=True, dtype=torch.int32), (~kept).int().argsort(dim=-1, stable=True)
     claim_block, claim_time = claim_block.gather(-1, order), claim_time.gather(-1, order)
     slot = torch.arange(width, device=num_BHN.device)
@@ -318,9 +318,9 @@ def _content_lists(num_BHN: Tensor, block_BHNW: Tensor, time_BHNW: Tensor, start
 
 @_content_lists.register_fake
 def _(num_BHN, block_BHNW, time_BHNW, start_block_N, local, globals_, window, local_slots, global_slots, window_slots, heads,
-      shared):
-    B, _, N, W = block_BHNW.shape
-    width = list_width(local_slots, global_slots, window_slots, W, N, shared)
+      readers):
+    B, Hp, N, W = block_BHNW.shape
+    width = list_width(local_slots, global_slots, window_slots, W, N, readers > Hp)
     return (num_BHN.new_empty(B, heads, N), num_BHN.new_empty(B, heads, N, width),
             num_BHN.new_empty(B, heads, N * BLOCK, -(-width // 32)))
 
@@ -330,21 +330,21 @@ def list_width(local_slots: int, global_slots: int, window_slots: int, claims: i
 
 
 def content_lists(claims: Claims, documents: Documents, local: Tensor, globals_: Tensor, window: Tensor, local_slots: int,
-                  global_slots: int, window_slots: int, heads: int, shared: bool = False) -> BlockLists:
+                  global_slots: int, window_slots: int, heads: int, readers: int = 0) -> BlockLists:
     """The lists of all `heads` attention heads. The first ones, one of `claims` each: the local band (own block, the one
     before, ..., at most `local`), the anchors (the document's first `globals_` blocks, where the band does not hold them), and
     the claims, seen from the claiming token on; ids are distinct if the claims come from a `search` with the same `local` and
-    `globals_`. The other heads: a sliding window of `window` blocks, and where claims are `shared`, those of head h % P, P
-    pointer heads, that the window does not hold. The three are int32 scalars on the device, of at most so many slots; the
-    width is that of the wider kind, whatever the schedule says."""
+    `globals_`. The other heads: a sliding window of `window` blocks, and those among the first `readers` heads the claims of
+    head h % P, P pointer heads, that the window does not hold. The three are int32 scalars on the device, of at most so many
+    slots; the width is that of the wider kind, whatever the schedule says."""
     Hp = claims.num_BHN.size(1)
-    if heads < Hp:
-        raise ValueError(f"{heads} attention heads cannot hold the claims of {Hp} pointer heads")
+    if heads < max(Hp, readers):
+        raise ValueError(f"{heads} attention heads cannot be {Hp} pointer heads and {readers} readers")
     if local_slots < 1 or global_slots < 0 or window_slots < 1:
         raise ValueError(f"{local_slots} local, {global_slots} global and {window_slots} window slots: at least 1, 0 and 1 are "
                          f"needed")
     return BlockLists(*_content_lists(*claims, documents.start_block_N, local, globals_, window, local_slots, global_slots,
-                                      window_slots, heads, shared))
+                                      window_slots, heads, readers))
 
 
 @torch.library.custom_op("scope::append_claims", mutates_args=())

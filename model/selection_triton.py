@@ -332,8 +332,8 @@ def admit_claims(block_BHNR: Tensor, odds_BHNR: Tensor, second_BHNR: Tensor, sec
 
 @triton.jit
 def _lists_kernel(claims_ptr, claim_ptr, time_ptr, start_ptr, local_ptr, globals_ptr, window_ptr, num_ptr, idx_ptr, seen_ptr,
-                  H, Hp, N, LOCAL: tl.constexpr, GLOBALS: tl.constexpr, WINDOW: tl.constexpr, W: tl.constexpr,
-                  WIDTH: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr):
+                  H, Hp, readers, N, LOCAL: tl.constexpr, GLOBALS: tl.constexpr, WINDOW: tl.constexpr, W: tl.constexpr,
+                  WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """One row of `selection.content_lists`; SLOTS is WIDTH or more, a power of two."""
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
@@ -347,7 +347,7 @@ def _lists_kernel(claims_ptr, claim_ptr, time_ptr, start_ptr, local_ptr, globals
         band = tl.minimum(tl.minimum(tl.maximum(tl.load(window_ptr), 1), WINDOW), n - start + 1)
         anchors = 0
     fixed = band + anchors
-    claims = tl.load(claims_ptr + claims_row, mask=(h < Hp) | SHARED, other=0)
+    claims = tl.load(claims_ptr + claims_row, mask=(h < Hp) | (h < readers), other=0)
     farthest = tl.where(h < Hp, n, n - band)  # of a claim that the window does not hold
     slot, x = tl.arange(0, SLOTS), tl.arange(0, BLOCK)
     idx = tl.where(slot < band, n - slot, tl.where(slot < fixed, start + slot - band, 0))
@@ -370,13 +370,13 @@ def _lists_kernel(claims_ptr, claim_ptr, time_ptr, start_ptr, local_ptr, globals
 
 def write_lists(num_BHN: Tensor, block_BHNW: Tensor, time_BHNW: Tensor, start_block_N: Tensor, local: Tensor,
                 globals_: Tensor, window: Tensor, local_slots: int, global_slots: int, window_slots: int,
-                heads: int, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+                heads: int, readers: int) -> tuple[Tensor, Tensor, Tensor]:
     B, Hp, N, W = block_BHNW.shape
-    width = list_width(local_slots, global_slots, window_slots, W, N, shared)
+    width = list_width(local_slots, global_slots, window_slots, W, N, readers > Hp)
     num = torch.empty(B, heads, N, device=num_BHN.device, dtype=torch.int32)
     idx = torch.empty(B, heads, N, width, device=num_BHN.device, dtype=torch.int32)
     seen = torch.empty(B, heads, N * BLOCK, -(-width // 32), device=num_BHN.device, dtype=torch.int32)
     _lists_kernel[(N, B * heads)](num_BHN.contiguous(), block_BHNW.contiguous(), time_BHNW.contiguous(), start_block_N, local,
-                                  globals_, window, num, idx, seen, heads, Hp, N, local_slots, global_slots, window_slots, W,
-                                  width, triton.next_power_of_2(width), shared, BLOCK, num_warps=1)
+                                  globals_, window, num, idx, seen, heads, Hp, readers, N, local_slots, global_slots,
+                                  window_slots, W, width, triton.next_power_of_2(width), BLOCK, num_warps=1)
     return num, idx, seen

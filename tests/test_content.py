@@ -29,14 +29,13 @@ def heads(seed, length=T, count=3):
     return [noise((1, length, count, 32), (seed, i)).double() for i in range(2)]
 
 
-@pytest.mark.parametrize("sharing", [0, 3])
-def test_blend_against_loops(sharing):
-    """Of the heads that read what is found: the pointer heads, two of three, or all."""
+@pytest.mark.parametrize(("readers", "count"), [(0, 2), (1, 2), (3, 3), (4, 4)])
+def test_blend_against_loops(readers, count):
+    """Of the heads that read what is found: the pointer heads, two of four, and whoever else does."""
     documents = Documents.of(documents_of(T, 1, mean_length=60), DELIMITER)
-    module = pointers(shape=replace(SHAPE, sharing=sharing))
-    q, k = heads(1)
+    module = pointers(shape=replace(SHAPE, readers=readers))
+    q, k = heads(1, count=4)
     for x, taps, found in zip((q, k), module.taps, module.blend(q, k, documents), strict=True):
-        count = sharing or 2
         assert torch.equal(found[:, :, count:], x[:, :, count:])
         for t in [*range(6), *range(T - 300, T)]:
             total = sum(taps[lag] * x[0, t - lag, :count] for lag in range(TAPS)
@@ -177,9 +176,10 @@ def test_the_language_model_teaches_landmarks_too():
         out.loss.item() + sum(layer.pointing.losses.sum().item() for layer in out.telemetry), rel=1e-5)
 
 
-@pytest.mark.parametrize("shared", [0, 1])
-def test_far_blocks_are_read_by_the_pointer_heads_or_all_and_within_the_budget(shared):
-    settings = dict(CONTENT, SPECTRAL_POINTER_NEAR_BLOCKS=2, SPECTRAL_POINTER_SHARE=shared, SPECTRAL_WINDOW_HOLD=0.9)
+@pytest.mark.parametrize("readers", [0, 2, 3])
+def test_far_blocks_are_read_by_the_readers_alone_and_within_the_budget(readers):
+    settings = dict(CONTENT, SPECTRAL_POINTER_NEAR_BLOCKS=2, SPECTRAL_POINTER_READERS=readers, SPECTRAL_WINDOW_HOLD=0.9,
+                    NUM_HEADS=3)
     model, tokens = model_for(**settings), documents_of(T, 9, mean_length=10**9)
     context = context_of(model, tokens)
     with torch.no_grad():
@@ -187,7 +187,8 @@ def test_far_blocks_are_read_by_the_pointer_heads_or_all_and_within_the_budget(s
     for layer in telemetry:
         far = layer.num_BHN[0, 0] - torch.arange(1, 9).clamp(max=3)  # the band of two and the anchor
         claimed = layer.pointing.claims.num_BHN[0, 0]
-        assert torch.equal(layer.num_BHN[0, 1], torch.arange(1, 9).clamp(max=2) + shared * claimed)  # a window of two
+        for h in (1, 2):  # a window of two
+            assert torch.equal(layer.num_BHN[0, h], torch.arange(1, 9).clamp(max=2) + (h < readers) * claimed)
         assert far.max() <= 4 and far[3:].sum() > 0 and torch.equal(far, claimed)
     stats = S.scope_stats(telemetry, context.documents, 2)
     assert max(stats["claimed_blocks_max"]) <= 4 and len(stats["landmark_kl"]) == 4
@@ -226,6 +227,7 @@ def test_what_points_by_itself():
 @pytest.mark.parametrize("change,message", [
     (dict(SPECTRAL_POINTER_ASKING=48), "SPECTRAL_POINTER_ASKING=48 is not a power of two"),
     (dict(SPECTRAL_POINTER_HEADS=3), "SPECTRAL_POINTER_HEADS=3 exceeds NUM_HEADS=2"),
+    (dict(SPECTRAL_POINTER_READERS=3), "SPECTRAL_POINTER_READERS=3 exceeds NUM_HEADS=2"),
     (dict(SPECTRAL_LANDMARK_DIM=32), "exceed the HEAD_DIM / 2 = 16 dimensions"),
     (dict(SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1), "SPECTRAL_LANDMARK_DIM=16 and the bias's 16 features"),
     (dict(SPECTRAL_POINTER_SOURCE="offset"), "SPECTRAL_POINTER_SOURCE=offset needs SPECTRAL_BIAS=1")])

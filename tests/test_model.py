@@ -46,14 +46,14 @@ VARIANTS = {
     "content": CONTENT,
     "content, every head and token": dict(CONTENT, SPECTRAL_POINTER_HEADS=2, SPECTRAL_POINTER_ASKING=128,
                                           SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
-    "content, shared": dict(CONTENT, SPECTRAL_POINTER_SHARE=1, SPECTRAL_WINDOW_HOLD=0.9),
+    "content, shared": dict(CONTENT, SPECTRAL_POINTER_READERS=2, SPECTRAL_WINDOW_HOLD=0.9),
     "content and bias": dict(CONTENT, SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1, SPECTRAL_QK_LAYOUT="append"),
     "pooled": CONTENT | dict(SPECTRAL_POINTER_SOURCE="pooled", SPECTRAL_POINTER_HEADS=2, SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
     "dense": dict(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="dense"),
     "dense, scaled": dict(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="dense", SPECTRAL_LENGTH_SCALE=1),
     "mixed": CONTENT | POINTERS | dict(SPECTRAL_POINTER_SOURCE="mixed", SPECTRAL_QK_LAYOUT="append"),
     "mixed, shared": CONTENT | POINTERS | dict(SPECTRAL_POINTER_SOURCE="mixed", SPECTRAL_QK_LAYOUT="append",
-                                                SPECTRAL_POINTER_SHARE=1),
+                                                SPECTRAL_POINTER_READERS=2),
     "C wide": dict(POINTERS, SPECTRAL_POINTER_HALF_BLOCKS=2, SPECTRAL_POINTERS=3, SPECTRAL_POINTER_GLOBAL_BLOCKS=0),
 }
 

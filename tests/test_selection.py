@@ -349,28 +349,29 @@ def random_claims(N, Hp, W, documents, local, globals_, seed):
 
 LISTS = [  # N, pointer heads, heads, W, mean document, local, globals, window, slots for the three
     (12, 2, 3, 4, 10**6, 2, 1, 5, 3, 1, 6), (9, 1, 1, 8, 500, 1, 2, 1, 1, 2, 1), (5, 3, 4, 16, 300, 4, 0, 2, 4, 0, 2),
-    (7, 1, 2, 4, 200, 0, 9, 0, 2, 2, 3), (60, 1, 2, 32, 10**6, 3, 2, 14, 3, 2, 14), (40, 2, 3, 2, 10**6, 9, 1, 20, 4, 1, 14)]
+    (7, 1, 4, 4, 200, 0, 9, 0, 2, 2, 3), (60, 1, 2, 32, 10**6, 3, 2, 14, 3, 2, 14), (40, 2, 3, 2, 10**6, 9, 1, 20, 4, 1, 14)]
 
 
-def loop_lists(claims, start, h, n, local, globals_, window, local_slots, global_slots, window_slots, shared):
+def loop_lists(claims, start, h, n, local, globals_, window, local_slots, global_slots, window_slots, readers):
     """[(block, seen from position)] of one query block."""
     Hp = claims.num_BHN.size(1)
     num, block, time = (x[0, h % Hp, n].tolist() for x in claims)
     claimed = list(zip(block[:num], time[:num], strict=True))
     if h >= Hp:
         row = [(b, 0) for b in range(n, n - min(max(window, 1), window_slots), -1) if b >= start[n]]
-        return row + [(b, t) for b, t in claimed if shared and (b, 0) not in row]
+        return row + [(b, t) for b, t in claimed if h < readers and (b, 0) not in row]
     row = [(b, 0) for b in range(n, n - min(max(local, 1), local_slots), -1) if b >= start[n]]
     anchors = range(start[n], start[n] + min(globals_, global_slots))
     row += [(b, 0) for b in anchors if b <= n and (b, 0) not in row]
     return row + claimed
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("readers", [0, 2, "all"])
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("case", LISTS)
-def test_lists_against_a_loop(case, kernel, shared):
+def test_lists_against_a_loop(case, kernel, readers):
     N, Hp, H, W, length, local, globals_, window, *slots = case
+    readers = H if readers == "all" else min(readers, H)
     local_slots, global_slots, window_slots = slots
     documents = documents_of(N, N, length)
     reach = min(max(local, 1), local_slots), min(globals_, global_slots)
@@ -378,16 +379,16 @@ def test_lists_against_a_loop(case, kernel, shared):
     inputs = [*(x.to(DEVICE) for x in claims), documents.start_block_N, scalar(local), scalar(globals_),
               scalar(window)]
     if kernel:
-        lists = BlockLists(*kernels().write_lists(*inputs, *slots, H, shared))
+        lists = BlockLists(*kernels().write_lists(*inputs, *slots, H, readers))
     else:
-        lists = content_lists(Claims(*inputs[:3]), documents, *inputs[4:], *slots, H, shared)
-    width = min(max(local_slots + global_slots + W, window_slots + W * shared), N)
+        lists = content_lists(Claims(*inputs[:3]), documents, *inputs[4:], *slots, H, readers)
+    width = min(max(local_slots + global_slots + W, window_slots + W * (readers > Hp)), N)
     assert lists.idx_BHNW.shape == (1, H, N, width) and lists.seen_BHTw.shape == (1, H, N * BLOCK, -(-width // 32))
     seen = unpack_seen(lists.seen_BHTw, width).view(1, H, N, BLOCK, width).cpu()
     start = documents.start_block_N.tolist()
     for h in range(H):
         for n in range(N):
-            num, row = int(lists.num_BHN[0, h, n]), loop_lists(claims, start, h, n, local, globals_, window, *slots, shared)
+            num, row = int(lists.num_BHN[0, h, n]), loop_lists(claims, start, h, n, local, globals_, window, *slots, readers)
             assert lists.idx_BHNW[0, h, n, :num].tolist() == [b for b, _ in row] and len(dict(row)) == num
             since = torch.tensor([t for _, t in row])
             assert torch.equal(seen[0, h, n, :, :num], torch.arange(BLOCK)[:, None] >= since)

@@ -256,7 +256,7 @@ def test_the_compiled_model_is_strictly_causal(source, bias, training):
     settings = dict(VOCAB_SIZE=vocabulary, DOC_DELIMITER=511, NUM_LAYERS=4, NUM_HEADS=4, HEAD_DIM=128, MODEL_DIM=256,
                     TRAIN_SEQ_LEN=T, BATCH_TOKENS=T, VAL_SEQ_LEN=T, VAL_TOKENS=T, NUM_ITERATIONS=100, SPECTRAL_BIAS=bias,
                     SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE=source, SPECTRAL_POINTER_NEAR_BLOCKS=2,
-                    SPECTRAL_POINTER_LOCAL_BLOCKS=2, SPECTRAL_POINTER_FLOOR=-30, SPECTRAL_POINTER_SHARE=1 - bias,
+                    SPECTRAL_POINTER_LOCAL_BLOCKS=2, SPECTRAL_POINTER_FLOOR=-30, SPECTRAL_POINTER_READERS=(1 - bias) * 2,
                     SPECTRAL_WINDOW_HOLD=0.9)
     config = S.Config.from_environment({name: str(value) for name, value in settings.items()})
     model, generator = S.build_model(config, torch.device(DEVICE)).train(training), torch.Generator(DEVICE).manual_seed(0)
