@@ -159,8 +159,8 @@ class ContentPointers(nn.Module):
         num, refused = (torch.where(state.radius < 0, 0, x) for x in (claims.num_BHN, refused))
         claims = Claims(num, claims.block_BHNW, claims.time_BHNW)
         if offsets is not None:
-            readers = torch.arange(s.matching, device=num.device) % s.heads
-            lists = append_claims(offsets, Claims(*(x[:, readers] for x in claims)))
+            finder_H = torch.arange(s.matching, device=num.device) % s.heads
+            lists = append_claims(offsets, Claims(*(x[:, finder_H] for x in claims)))
         else:
             lists = content_lists(claims, documents, state.local_blocks, state.global_blocks, window, list_shape.local_blocks,
                                   list_shape.global_blocks, window_slots, heads, s.readers)
