@@ -139,6 +139,8 @@ class Config:
     num_heads: int = _model(8, "attention heads", low=1)
     head_dim: int = _model(128, "dimensions of a head, a multiple of 4", low=16)
     model_dim: int = _model(1024, "width of the residual stream", low=16)
+    tied_head: bool = _model(False, "a token's row of the head is its own plus its embedding, rotated: what is found can then "
+                                    "be said, however rarely training says it")
 
     spectral_bias: bool = _spectral(False, "spectral bias on attention logits (0: arm A)")
     spectral_use_pointer_mask: bool = _spectral(False, "pointer lists in the spectral layers (arm C) instead of the "
@@ -512,6 +514,7 @@ LONG_WINDOW_BLOCKS = 13.5  # the long window grows from 1 to 14 blocks
 HELD_BLOCKS = 2  # of it under SPECTRAL_WINDOW_HOLD
 IDLE_BLOCKS = 0.5  # claims of a query block below which content pointers retrieve nothing yet
 WINDOW_SLOTS = (math.ceil(LONG_WINDOW_BLOCKS) // 2, math.ceil(LONG_WINDOW_BLOCKS))  # of the short and of the long one
+HEAD_TIE = 24.0  # logit, before the cap, of a token whose rotated embedding is all that a stream holds
 EVAL_CHUNK = 131_072  # tokens of an evaluation whose MLP activations, and whose logits, exist at once
 
 
@@ -745,17 +748,36 @@ class GPT(nn.Module):
             weights = (config.spectral_reg_high, config.spectral_reg_mean, config.spectral_reg_entropy,
                        config.spectral_reg_edge)
             self.register_buffer("penalty_weights", torch.tensor(weights), persistent=False)
+        if config.tied_head:
+            C = config.model_dim
+            normal_CC = torch.randn(C, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            self.register_buffer("head_map_CC", HEAD_TIE / C * torch.linalg.qr(normal_CC)[0].float())
 
     def pointer_parameters(self) -> list[nn.Parameter]:
         """Those of the bias and of the content pointers."""
         return [p for module in self.modules() if isinstance(module, SpectralBias | ContentPointers)
                 for p in module.parameters()]
 
+    def tied_rows(self) -> Tensor:
+        """[V, C] what the embeddings add to the head; it teaches them nothing, or Adam would move all of them at every step.
+        Rotated, as the stream starts as the embedding of the token that is there, and not of the one that is to be said."""
+        rows_VC = norm(self.embed.weight.detach())
+        rows_VC = F.linear(rows_VC, self.head_map_CC.type_as(rows_VC)).float()
+        return F.pad(rows_VC, (0, 0, 0, len(self.head_w) - len(rows_VC)))
+
+    def head(self) -> Tensor:
+        """[V, C], float32."""
+        return self.head_w + self.tied_rows() if self.config.tied_head else self.head_w
+
     @torch.no_grad()
     def keep_head_in_range(self) -> None:
         """The FP8 head saturates weights that its gradient then pushes on unseen, until the head of an evaluation, which does
         not saturate, is another one: keep them where both agree."""
-        self.head_w.clamp_(-FP8_W_LARGEST, FP8_W_LARGEST)
+        if self.config.tied_head:
+            tied_VC = self.tied_rows()
+            self.head_w.clamp_(-FP8_W_LARGEST - tied_VC, FP8_W_LARGEST - tied_VC)
+        else:
+            self.head_w.clamp_(-FP8_W_LARGEST, FP8_W_LARGEST)
 
     def use_backend(self, backend: str) -> None:
         for block in self.blocks:
@@ -780,9 +802,9 @@ class GPT(nn.Module):
 
     def logits(self, x_TC: Tensor) -> Tensor:
         if self.training and fp8_available(x_TC.device):
-            z = fp8_linear(x_TC.contiguous(), self.head_w)[0]
+            z = fp8_linear(x_TC.contiguous(), self.head())[0]
         else:
-            z = F.linear(x_TC, self.head_w.type_as(x_TC))
+            z = F.linear(x_TC, self.head().type_as(x_TC))
         return LOGIT_CAP * torch.sigmoid(z.float() / LOGIT_TEMPERATURE)
 
     def cross_entropy(self, x_TC: Tensor, targets_T: Tensor) -> Tensor:
@@ -792,7 +814,7 @@ class GPT(nn.Module):
             return sum(self.cross_entropy(x, y) * len(x) for x, y in parts) / len(x_TC)
         if (self.config.head_loss == "fused" and self.training and torch.is_grad_enabled()
                 and fp8_available(x_TC.device)):
-            return head_loss(x_TC, self.head_w, targets_T)
+            return head_loss(x_TC, self.head(), targets_T)
         return F.cross_entropy(self.logits(x_TC), targets_T)
 
     def forward(self, tokens_T: Tensor, targets_T: Tensor, context: Context) -> Output:
