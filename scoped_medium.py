@@ -1176,12 +1176,14 @@ def differing_shards(old: list, new: list) -> str | None:
 
 
 def checkpoint_bytes(model: nn.Module, device_type: str) -> int:
-    """Size of a checkpoint: the weights, Muon's momentum of the blocks' matrices, Adam's two moments of all else."""
+    """Size of a checkpoint: the weights, Muon's momentum of the blocks' matrices, Adam's two moments of all else, and the map
+    of a tied head."""
     embeddings = {id(table.weight) for table in (model.embed, *model.value_embeds)}
     spectral = {id(p) for p in model.pointer_parameters()}
     matrices = {id(p) for p in model.blocks.parameters() if p.ndim >= 2} - spectral
-    return sum(p.numel() * (2 if device_type == "cuda" and id(p) in embeddings else 4) * (2 if id(p) in matrices else 3)
-               for p in model.parameters())
+    head_map = 4 * model.head_map_CC.numel() if model.config.tied_head else 0
+    return head_map + sum(p.numel() * (2 if device_type == "cuda" and id(p) in embeddings else 4)
+                          * (2 if id(p) in matrices else 3) for p in model.parameters())
 
 
 def load_weights(model: GPT, state: dict, path, assign: bool = False) -> None:

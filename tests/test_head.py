@@ -272,9 +272,10 @@ def test_a_model_trains_alike(tied, monkeypatch):
         results.append((out.loss, {name: p.grad for name, p in model.named_parameters()}))
     (plain, plain_grads), (fused, fused_grads) = results
     assert fused.item() == pytest.approx(plain.item(), rel=1e-6)
-    scalars = [torch.cat([grads.pop(name) for name, p in model.named_parameters() if p.ndim < 2])
-               for grads in (fused_grads, plain_grads)]  # one may be all but 0
-    assert error(*scalars) < 0.03
+    if tied:  # one scalar's gradient is all but 0
+        scalars = [torch.cat([grads.pop(name) for name, p in model.named_parameters() if p.ndim < 2])
+                   for grads in (fused_grads, plain_grads)]
+        assert error(*scalars) < 0.03
     for name, expected in plain_grads.items():
         assert error(fused_grads[name], expected) < 0.02, name
 
@@ -314,9 +315,10 @@ def test_weights_stay_where_the_heads_of_training_and_evaluation_agree(tied, mon
     apart = [loss_of(model.train(), tokens).loss.item(), loss_of(model.eval(), tokens).loss.item()]
     model.keep_head_in_range()
     close = [loss_of(model.train(), tokens).loss.item(), loss_of(model.eval(), tokens).loss.item()]
-    assert abs(close[0] - apart[0]) < 1e-5 and abs(close[0] - close[1]) < 0.02 < 0.1 < abs(apart[0] - apart[1])
+    rounding = 1e-6 * tied  # of a row that is a sum
+    assert abs(close[0] - apart[0]) <= 10 * rounding and abs(close[0] - close[1]) < 0.02 < 0.1 < abs(apart[0] - apart[1])
     inside, after = before.abs() <= 0.875, model.head().detach()
-    torch.testing.assert_close(after, before.clamp(-0.875, 0.875), rtol=0, atol=1e-6)
+    torch.testing.assert_close(after, before.clamp(-0.875, 0.875), rtol=0, atol=rounding)
     assert torch.equal(after[inside], before[inside]) and 0.3 < inside.float().mean() < 0.9
 
 
@@ -335,8 +337,9 @@ def test_a_tied_row_is_the_tokens_own_plus_the_map_of_its_embedding(monkeypatch)
     torch.testing.assert_close(model.logits(x).double(), 30 * torch.sigmoid(z / 7.5), rtol=0, atol=1e-4)
     model.cross_entropy(x, tokens[:9]).backward()
     assert model.embed.weight.grad is None and not model.head_map_CC.requires_grad
-    other = tiny_model(monkeypatch, "plain", tied=1)[0]
+    other, bare = (tiny_model(monkeypatch, "plain", tied=t)[0] for t in (1, 0))
     assert torch.equal(other.head_map_CC, model.head_map_CC) and "head_map_CC" in model.state_dict()
+    assert S.checkpoint_bytes(model, "cpu") - S.checkpoint_bytes(bare, "cpu") == 4 * 32 * 32
 
 
 def test_a_tied_head_says_tokens_that_no_training_has_said(monkeypatch):
@@ -367,4 +370,4 @@ def test_a_step_keeps_them_there(fp8, tied, monkeypatch):
     with torch.no_grad():
         model.head_w[0] = 5.0
     trainer.train_step([(tokens[:-1].int(), tokens[1:])])
-    assert len(calls) == fp8 and (model.head().abs().max() <= 0.875 + 1e-6) == fp8
+    assert len(calls) == fp8 and (model.head().abs().max() <= 0.875 + 1e-6 * tied) == fp8
