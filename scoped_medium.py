@@ -90,7 +90,7 @@ from model.attn_bias import (
     scope_stats,
     window_lists,
 )
-from model.content import LOSSES, ContentPointers, ContentShape, ContentTelemetry
+from model.content import CODE, LOSSES, ContentPointers, ContentShape, ContentTelemetry, token_codes
 from model.head import (
     FP8_GRAD_SCALE,
     FP8_W_LARGEST,
@@ -139,8 +139,6 @@ class Config:
     num_heads: int = _model(8, "attention heads", low=1)
     head_dim: int = _model(128, "dimensions of a head, a multiple of 4", low=16)
     model_dim: int = _model(1024, "width of the residual stream", low=16)
-    tied_head: bool = _model(False, "a token's row of the head is its own plus its embedding, rotated: what is found can then "
-                                    "be said, however rarely training says it")
 
     spectral_bias: bool = _spectral(False, "spectral bias on attention logits (0: arm A)")
     spectral_use_pointer_mask: bool = _spectral(False, "pointer lists in the spectral layers (arm C) instead of the "
@@ -197,6 +195,8 @@ class Config:
     spectral_pointer_asking: int = _spectral(16, "content: tokens of a block that search, at most; in training all do",
                                              low=16, high=BLOCK)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
+    spectral_pointer_copy: bool = _spectral(True, "content: heads that search read, beside values, which tokens stand there, "
+                                                  "and the output head says them, however rarely training does")
     spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and who searches", low=0)
 
     val_files: str = _validation("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
@@ -393,6 +393,10 @@ class Config:
         return self.spectral_use_pointer_mask and self.pointer_source == "dense"
 
     @property
+    def copying(self) -> bool:
+        return self.content_pointers and self.spectral_pointer_copy and not self.pooled
+
+    @property
     def folded_features(self) -> int:
         """Dimensions of a head that the bias's features take."""
         folds = self.spectral_bias and self.spectral_impl == "qk_aug" and self.spectral_qk_layout == "fold"
@@ -402,7 +406,7 @@ class Config:
         return ContentShape(self.spectral_pointer_heads, self.head_dim, self.model_dim, self.spectral_landmark_dim,
                             self.spectral_pointer_asking, self.spectral_pointer_far_blocks,
                             -math.inf if self.pooled else self.spectral_pointer_floor,
-                            readers=self.spectral_pointer_readers, pooled=self.pooled)
+                            readers=self.spectral_pointer_readers, pooled=self.pooled, copying=self.copying)
 
     def spectral_layer_ids(self) -> set[int]:
         """Layers with the bias, the pointers, or both."""
@@ -514,7 +518,6 @@ LONG_WINDOW_BLOCKS = 13.5  # the long window grows from 1 to 14 blocks
 HELD_BLOCKS = 2  # of it under SPECTRAL_WINDOW_HOLD
 IDLE_BLOCKS = 0.5  # claims of a query block below which content pointers retrieve nothing yet
 WINDOW_SLOTS = (math.ceil(LONG_WINDOW_BLOCKS) // 2, math.ceil(LONG_WINDOW_BLOCKS))  # of the short and of the long one
-HEAD_TIE = 24.0  # logit, before the cap, of a token whose rotated embedding is all that a stream holds
 EVAL_CHUNK = 131_072  # tokens of an evaluation whose MLP activations, and whose logits, exist at once
 
 
@@ -615,8 +618,10 @@ class Attention(nn.Module):
         self.dense = False
         self.backend = "reference"
 
-    def forward(self, x: Tensor, ve: Tensor | None, rotary: Rotary, tables, context: Context, long_window: bool):
-        """Returns the layer's output [B, T, C] and its LayerTelemetry (None without bias and pointers)."""
+    def forward(self, x: Tensor, ve: Tensor | None, codes_TD: Tensor | None, rotary: Rotary, tables, context: Context,
+                long_window: bool):
+        """Returns the layer's output [B, T, C], what its pointer heads read of the tokens' codes [B, T, P, D] (None where none
+        copies) and its LayerTelemetry (None without bias and pointers)."""
         B, T, _ = x.shape
         config, documents = self.config, context.documents
         qkv = F.linear(x, self.qkv_w.flatten(end_dim=1).type_as(x)).view(B, T, 3, config.num_heads, config.head_dim)
@@ -645,9 +650,15 @@ class Attention(nn.Module):
             bias = None
         lambdas = self.lambdas.type_as(x)
         v = lambdas[0] * v if ve is None else lambdas[0] * v + lambdas[1] * ve.view_as(v)
+        copies = self.content is not None and codes_TD is not None
+        if copies:
+            q, k, v, lists, bias = self.content.read_codes(q, k, v, codes_TD, lists, bias)
         y, _ = pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), lists, documents, scale=ATTENTION_SCALE,
                                  backend=self.backend, bias=bias)
-        return F.linear(y.transpose(1, 2).reshape(B, T, -1), self.out_w.type_as(x)), telemetry
+        y, found_BTPD = y.transpose(1, 2), None
+        if copies:
+            y, found_BTPD = y.split([config.num_heads, self.content.shape.heads], 2)
+        return F.linear(y.reshape(B, T, -1), self.out_w.type_as(x)), found_BTPD, telemetry
 
     def point(self, x: Tensor, q: Tensor, k: Tensor, offsets: BlockLists | None, rotary: Rotary, context: Context,
               long_window: bool):
@@ -695,14 +706,14 @@ class Block(nn.Module):
         self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))
         self.long_window = layer in long_window_layers(config.num_layers)
 
-    def forward(self, x: Tensor, x0: Tensor, ve: Tensor | None, rotary: Rotary, tables, context: Context):
+    def forward(self, x: Tensor, x0: Tensor, ve: Tensor | None, codes: Tensor | None, rotary: Rotary, tables, context: Context):
         lambdas = self.lambdas.type_as(x)
         x = lambdas[0] * x + lambdas[1] * x0
-        telemetry = None
+        found, telemetry = None, None
         if self.attn is not None:
-            y, telemetry = self.attn(norm(x), ve, rotary, tables, context, self.long_window)
+            y, found, telemetry = self.attn(norm(x), ve, codes, rotary, tables, context, self.long_window)
             x = x + y
-        return x + self.mlp(norm(x)), telemetry
+        return x + self.mlp(norm(x)), found, telemetry
 
 
 def long_window_layers(num_layers: int) -> set[int]:
@@ -739,6 +750,9 @@ class GPT(nn.Module):
         if config.content_pointers:
             for layer in sorted(config.spectral_layer_ids()):
                 self.blocks[layer].attn.content = ContentPointers(config.content_shape(), generator)
+        if config.copying:
+            codes_VD = token_codes(config.vocab_size, len(self.head_w), config.head_dim)
+            self.register_buffer("codes_VD", codes_VD, persistent=False)
         for layer in config.spectral_layer_ids() if config.dense else ():
             self.blocks[layer].attn.dense = True
         if config.spectral_bias:
@@ -748,36 +762,21 @@ class GPT(nn.Module):
             weights = (config.spectral_reg_high, config.spectral_reg_mean, config.spectral_reg_entropy,
                        config.spectral_reg_edge)
             self.register_buffer("penalty_weights", torch.tensor(weights), persistent=False)
-        if config.tied_head:
-            C = config.model_dim
-            normal_CC = torch.randn(C, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            self.register_buffer("head_map_CC", HEAD_TIE / C * torch.linalg.qr(normal_CC)[0].float())
 
     def pointer_parameters(self) -> list[nn.Parameter]:
         """Those of the bias and of the content pointers."""
         return [p for module in self.modules() if isinstance(module, SpectralBias | ContentPointers)
                 for p in module.parameters()]
 
-    def tied_rows(self) -> Tensor:
-        """[V, C] what the embeddings add to the head; it teaches them nothing, or Adam would move all of them at every step.
-        Rotated, as the stream starts as the embedding of the token that is there, and not of the one that is to be said."""
-        rows_VC = norm(self.embed.weight.detach())
-        rows_VC = F.linear(rows_VC, self.head_map_CC.type_as(rows_VC)).float()
-        return F.pad(rows_VC, (0, 0, 0, len(self.head_w) - len(rows_VC)))
-
-    def head(self) -> Tensor:
-        """[V, C], float32."""
-        return self.head_w + self.tied_rows() if self.config.tied_head else self.head_w
-
     @torch.no_grad()
     def keep_head_in_range(self) -> None:
         """The FP8 head saturates weights that its gradient then pushes on unseen, until the head of an evaluation, which does
         not saturate, is another one: keep them where both agree."""
-        if self.config.tied_head:
-            tied_VC = self.tied_rows()
-            self.head_w.clamp_(-FP8_W_LARGEST - tied_VC, FP8_W_LARGEST - tied_VC)
-        else:
-            self.head_w.clamp_(-FP8_W_LARGEST, FP8_W_LARGEST)
+        self.head_w.clamp_(-FP8_W_LARGEST, FP8_W_LARGEST)
+
+    def head(self) -> Tensor:
+        """[V, C], and where pointer heads copy [V, C + D]: the codes say what they read."""
+        return torch.cat([self.head_w, CODE * self.codes_VD], 1) if self.config.copying else self.head_w
 
     def use_backend(self, backend: str) -> None:
         for block in self.blocks:
@@ -790,15 +789,21 @@ class GPT(nn.Module):
         ve = [table(tokens_T)[None] for table in self.value_embeds]
         ve = ve + [None] * (L - 2 * len(ve)) + ve
         tables = self.position_tables() if self.position_tables is not None else None
-        skips, telemetry = [], []
+        codes_TD = self.codes_VD[tokens_T].type_as(x) if self.config.copying else None
+        skips, copies, telemetry = [], [], []
         for i, block in enumerate(self.blocks):
             if i >= L - L // 2:
                 x = x + self.skip_weights[i - (L - L // 2)].type_as(x) * skips.pop()
-            x, seen = block(x, x0, ve[i], self.rotary, tables, context)
+            x, found, seen = block(x, x0, ve[i], codes_TD, self.rotary, tables, context)
+            copies += [(block.attn.content, found[0])] if found is not None else []
             if i < L // 2:
                 skips.append(x)
             telemetry += [seen] if seen is not None else []
-        return norm(x)[0], telemetry
+        x_TC = norm(x)[0]
+        if copies:
+            said_TD = sum(content.say(x_TC, found_TPD) for content, found_TPD in copies) / CODE
+            x_TC = torch.cat([x_TC, said_TD], 1)
+        return x_TC, telemetry
 
     def logits(self, x_TC: Tensor) -> Tensor:
         if self.training and fp8_available(x_TC.device):
@@ -1176,14 +1181,12 @@ def differing_shards(old: list, new: list) -> str | None:
 
 
 def checkpoint_bytes(model: nn.Module, device_type: str) -> int:
-    """Size of a checkpoint: the weights, Muon's momentum of the blocks' matrices, Adam's two moments of all else, and the map
-    of a tied head."""
+    """Size of a checkpoint: the weights, Muon's momentum of the blocks' matrices, Adam's two moments of all else."""
     embeddings = {id(table.weight) for table in (model.embed, *model.value_embeds)}
     spectral = {id(p) for p in model.pointer_parameters()}
     matrices = {id(p) for p in model.blocks.parameters() if p.ndim >= 2} - spectral
-    head_map = 4 * model.head_map_CC.numel() if model.config.tied_head else 0
-    return head_map + sum(p.numel() * (2 if device_type == "cuda" and id(p) in embeddings else 4)
-                          * (2 if id(p) in matrices else 3) for p in model.parameters())
+    return sum(p.numel() * (2 if device_type == "cuda" and id(p) in embeddings else 4) * (2 if id(p) in matrices else 3)
+               for p in model.parameters())
 
 
 def load_weights(model: GPT, state: dict, path, assign: bool = False) -> None:

@@ -11,6 +11,7 @@ Shape suffixes: B batch, T tokens, P pointer heads (the first of a layer's heads
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,9 +19,18 @@ from torch import Tensor, nn
 from model.attention import BLOCK, BlockLists, Documents
 from model.selection import Claims, admit, append_claims, ask, content_lists, far_end, odds_floor, search
 
+CODE = 0.5  # of an entry of a code in the head's weight: FP8 holds it exactly
 TAPS = 8  # tokens that the query and the key of a head that reads claims see
 LEAST_PAST = 512  # tokens of its document that a sampled row must have behind it
 LOSSES = ("landmark_kl", "ask_bce")
+
+
+def token_codes(tokens: int, rows: int, dim: int) -> Tensor:
+    """int8 [rows, dim]: for every token a random code of +-1, the same in every run; rows beyond the vocabulary are 0. Two
+    codes agree by chance alone: the mean of their product is 0, with a standard deviation of dim**-0.5."""
+    codes = np.zeros((rows, dim), np.int8)
+    codes[:tokens] = 2 * np.random.RandomState(0).randint(2, size=(tokens, dim)) - 1  # its stream is the same in every release
+    return torch.from_numpy(codes)
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class ContentShape:
     floor: float = 2.0  # log-odds, over those of an average block of the past, below which nothing is claimed
     rows: int = 128  # S
     readers: int = 0  # heads that read the claims, the first of the layer; 0: the pointer heads alone do
+    copying: bool = False  # the pointer heads' findings are said: `read_codes` and `say`
     pooled: bool = False  # no landmarks: the mean over a block of its keys' non-rotating dimensions, for comparison
     ask_pacing: float = 32.0  # nats; the slots of a tile that has more to ask than those before must last to its end
     claim_pacing: float = 2.0  # nats
@@ -102,6 +113,7 @@ class ContentPointers(nn.Module):
         maps = torch.randn(s.heads, s.head_dim, s.dim, generator=generator) * s.dim**-0.5
         self.w_query, self.w_key = nn.Parameter(maps.clone()), nn.Parameter(maps.clone())
         self.w_ask = nn.Parameter(torch.zeros(s.heads, s.head_dim + s.stream_dim + 1))
+        self.w_copy = nn.Parameter(torch.zeros(s.heads, s.stream_dim)) if s.copying else None
 
     def blend(self, q_BTHD: Tensor, k_BTHD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
         """Queries and keys, before their norm, of the heads that read the claims become weighted sums over the last TAPS tokens
@@ -173,6 +185,22 @@ class ContentPointers(nn.Module):
         many unsure finds are not worth a sure one; a quarter of it where the token claimed nothing, as one before it had."""
         claims = torch.zeros(*time_BHNW.shape[:3], BLOCK + 1, device=time_BHNW.device).scatter(-1, time_BHNW.long(), 1)
         return (log_odds_BHNR.sigmoid().square() * (0.25 + 0.75 * claims[..., :BLOCK])).flatten(2)
+
+    def read_codes(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, codes_TD: Tensor, lists: BlockLists, bias):
+        """(q, k, v, lists, bias) of H + P heads: the pointer heads once more, their weights now on the tokens' codes instead of
+        values."""
+        P = self.shape.heads
+        codes_BTPD = codes_TD[None, :, None].expand(len(q_BTHD), -1, P, -1)
+        lists = BlockLists(*(torch.cat([x, x[:, :P]], 1) for x in lists[:3]), readers=lists.readers)
+        if bias is not None:
+            bias = type(bias)(*(torch.cat([x, x[:, :P]], 1) for x in bias[:-1]), bias[-1])
+        return (*(torch.cat([x, x[:, :, :P]], 2) for x in (q_BTHD, k_BTHD)), torch.cat([v_BTHD, codes_BTPD], 2), lists, bias)
+
+    def say(self, x_TC: Tensor, found_TPD: Tensor) -> Tensor:
+        """[T, D]; its product with a token's code is the token's share of the attention, times a gate of the final stream's,
+        summed over the pointer heads, plus what other codes have in common with its own by chance."""
+        gate_TP = F.linear(x_TC, self.w_copy.type_as(x_TC))
+        return (gate_TP[..., None] * found_TPD).sum(1) / self.shape.head_dim
 
     def losses(self, marks: Landmarks, found: Pointing, q_BTHD: Tensor, k_BTHD: Tensor, rows: Rows) -> Tensor:
         """[2], in the order of LOSSES; their gradients reach this module's parameters alone, taps excepted.

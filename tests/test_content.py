@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model import BASE, CONTENT, DELIMITER, T, config_for, context_of, documents_of, model_for, noise
+from test_model import BASE, CONTENT, DELIMITER, T, config_for, context_of, documents_of, logits_of, model_for, noise
 
 import scoped_medium as S
-from model.attention import BLOCK, Documents
-from model.content import LEAST_PAST, LOSSES, TAPS, ContentPointers, ContentShape, Pointing, content_stats
+from model.attention import BLOCK, BlockLists, Documents, pointer_attention
+from model.content import LEAST_PAST, LOSSES, TAPS, ContentPointers, ContentShape, Pointing, content_stats, token_codes
+from model.head import FP8_W_SCALE, quantise_w
 from model.selection import Claims
 
 pytestmark = pytest.mark.usefixtures("one_thread_on_cpu")
@@ -257,3 +258,86 @@ def test_windows_held_in_vain_are_warned_of_once():
     after = S.Schedule(config, 1199, total)
     assert S.held_in_vain(config, after, busy) is None and S.held_in_vain(config, after, {}) is None
     assert S.held_in_vain(config_for(**CONTENT, SCOPE_LOG_EVERY=200), S.Schedule(config, 199, total), idle) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies
+
+
+def test_codes_are_read_with_the_weights_of_the_pointer_heads():
+    """Two pointer heads of three, against each by itself; the heads' own output stays as it is."""
+    module, documents = pointers(shape=replace(SHAPE, copying=True)), Documents.of(documents_of(T, 3), DELIMITER)
+    q, k, v = (noise((1, T, 3, 32), i).double() for i in range(3))
+    codes = token_codes(41, 128, 32)[documents_of(T, 3).long()].double()
+    own = torch.arange(T // BLOCK, dtype=torch.int32)
+    num = torch.stack([own.clamp(max=h) + 1 for h in range(3)])[None]  # windows of one, two and three blocks
+    seen = torch.full((1, 3, T, 1), 2**31 - 1, dtype=torch.int32)
+    seen[:, 1, 5 * BLOCK : 5 * BLOCK + 70] = 1  # block 4 is seen from token 70 of block 5 on
+    lists = BlockLists(num, (own[:, None] - torch.arange(3, dtype=torch.int32)).clamp(min=0).expand(1, 3, -1, -1), seen)
+
+    def attend(q, k, v, lists):
+        return pointer_attention(*(x.transpose(1, 2) for x in (q, k, v)), lists, documents, scale=0.12,
+                                 backend="reference")[0].transpose(1, 2)
+
+    *found, bias = module.read_codes(q, k, v, codes, lists, None)
+    assert bias is None
+    y = attend(*found)
+    torch.testing.assert_close(y[:, :, :3], attend(q, k, v, lists), rtol=0, atol=0)
+    for h in range(2):
+        alone = BlockLists(*(x[:, h : h + 1] for x in lists[:3]))
+        expected = attend(q[:, :, h : h + 1], k[:, :, h : h + 1], codes[None, :, None], alone)
+        torch.testing.assert_close(y[:, :, 3 + h : 4 + h], expected, rtol=0, atol=1e-12)
+        assert (expected[0, 5 * BLOCK + 69] - expected[0, 5 * BLOCK + 70]).abs().max() > 0.1
+
+
+def test_what_is_said_against_loops():
+    module, x, found = pointers(shape=replace(SHAPE, copying=True)), noise((9, 24), 1).double(), noise((9, 2, 32), 2).double()
+    said, codes = module.say(x, found), token_codes(41, 128, 32).double()
+    for t in range(9):
+        for v in (0, 17, 40):
+            expected = sum((x[t] @ module.w_copy[h]) * (found[t, h] @ codes[v]) / 32 for h in range(2))
+            torch.testing.assert_close(said[t] @ codes[v], expected)
+
+
+def test_codes_tell_all_tokens_apart():
+    """Of any 500 of GPT-2's, where 0.6 of the attention is on the right one and the rest on eight others."""
+    codes = token_codes(50257, 50304, 128)
+    assert codes.dtype == torch.int8 and (codes[:50257].abs() == 1).all() and not codes[50257:].any()
+    assert torch.equal(codes, token_codes(50257, 50304, 128)) and torch.equal(codes[:41], token_codes(41, 128, 128)[:41])
+    generator = torch.Generator().manual_seed(0)
+    right, others = (torch.randint(50257, shape, generator=generator) for shape in ((500,), (500, 8)))
+    found = 0.6 * codes[right].float() + 0.05 * codes[others].float().sum(1)
+    assert torch.equal((found @ codes.float().T).argmax(-1), right)
+
+
+def test_the_head_says_what_is_read_whatever_the_weights():
+    """A model's logits are those of its stream plus, before the cap, what is read of each token's code."""
+    settings = dict(CONTENT, SPECTRAL_LAYERS="0,3", NUM_HEADS=2, SPECTRAL_POINTER_HEADS=2)
+    model, tokens = model_for(**settings), documents_of(T, 3)
+    bare = model_for(**settings, SPECTRAL_POINTER_COPY=0)
+    contexts = [context_of(m, tokens) for m in (model, bare)]
+    with torch.no_grad():
+        (x, _), (plain, _) = (m.hidden(tokens, c) for m, c in zip((model, bare), contexts, strict=True))
+        assert x.shape == (T, 64 + 32) and torch.equal(x[:, :64], plain)  # the copies leave the stream alone
+        z, z_plain, codes = x @ model.head().T, plain @ bare.head().T, model.codes_VD.float()
+        torch.testing.assert_close(z - z_plain, 0.5 * x[:, 64:] @ codes.T, rtol=0, atol=1e-4)
+        assert (z - z_plain).abs().max() > 0.1 and not (z - z_plain)[:, 41:].any()
+        torch.testing.assert_close(model.logits(x), 30 * torch.sigmoid(z / 7.5), rtol=0, atol=1e-4)
+    assert bare.head() is bare.head_w and "codes_VD" not in model.state_dict()
+    assert torch.equal(quantise_w(model.head().detach())[:, 64:].float() * FP8_W_SCALE, 0.5 * codes)  # FP8 holds them exactly
+
+
+def test_the_language_model_teaches_copies_and_begins_without():
+    tokens = documents_of(T + 1, 8, mean_length=10**9)
+    fresh = [model_for(**CONTENT, SPECTRAL_POINTER_COPY=copy) for copy in (0, 1)]
+    assert not any(p.any() for name, p in model_for(alive=False, **CONTENT).named_parameters() if "w_copy" in name)
+    for block in fresh[1].blocks:
+        torch.nn.init.zeros_(block.attn.content.w_copy)
+    assert torch.equal(*(logits_of(model, tokens[:-1]) for model in fresh))
+    model = model_for(**CONTENT).train()
+    model(tokens[:-1], tokens[1:].long(), context_of(model, tokens[:-1], training=True)).loss.backward()
+    for block in model.blocks:
+        assert (block.attn.content.w_copy.grad != 0).all()
+    assert model.codes_VD.requires_grad is False
+    assert {name for name, _ in model.named_parameters()} - {name for name, _ in fresh[0].named_parameters()} == {
+        f"blocks.{i}.attn.content.w_copy" for i in range(4)}
