@@ -84,6 +84,7 @@ from model.attn_bias import (
     SpectralShape,
     augment,
     length_scale,
+    length_scale_at,
     past_lists,
     pointer_lists,
     scope_bins,
@@ -129,6 +130,7 @@ class Config:
     seed: int = _training(0, "seed of the weights, of the needles and of RETRIEVAL_MIX", low=0, high=2**63 - 1)
     retrieval_mix: float = _training(0.0, "share of training tokens that statements, questions and copied passages overwrite",
                                      low=0, high=0.5)
+    retrieval_passages: float = _training(0.5, "share of those tokens that are copied passages", low=0, high=1)
     cooldown_frac: float = _training(0.6, "share of the steps over which the learning rate falls to 0", low=1e-9, high=1)
     warmup_steps: int = _training(10, "untimed steps on random tokens before step 0 (compiled runs only; state restored)",
                                   low=0)
@@ -194,8 +196,10 @@ class Config:
                                                    "past, below which it is not read")
     spectral_pointer_asking: int = _spectral(16, "content: tokens of a block that search, at most; in training all do",
                                              low=16, high=BLOCK)
+    spectral_pointer_sharpen: float = _spectral(0.0, "content: power of the length scale's growth beyond SPECTRAL_L_TRAIN "
+                                                     "tokens by which logits of heads that search grow; 0: they do not", low=0)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
-    spectral_pointer_copy: bool = _spectral(True, "content: heads that search read, beside values, which tokens stand there, "
+    spectral_pointer_copy: bool = _spectral(False, "content: heads that search read, beside values, which tokens stand there, "
                                                   "and the output head says them, however rarely training does")
     spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and who searches", low=0)
 
@@ -637,6 +641,9 @@ class Attention(nn.Module):
             lists = pointer_lists(prediction.delta_BHTM, documents, context.pointers, config.list_shape)
         if self.content is not None:
             q, k, lists, pointing = self.point(x, q, k, lists if offsets else None, rotary, context, long_window)
+            if config.spectral_pointer_sharpen:
+                growth_T = length_scale(documents) / length_scale_at(config.spectral_l_train)
+                q = self.content.sharpen(q, growth_T.clamp(min=1) ** config.spectral_pointer_sharpen)
         else:
             q, k = rotary(q), rotary(k)
         if self.dense and config.spectral_length_scale:
@@ -1009,8 +1016,10 @@ class Schedule(NamedTuple):
             readers = c.content_shape().matching
             far = c.spectral_pointer_far_blocks * readers if c.content_pointers else 0  # of all heads
             if c.pointer_source in ("content", "pooled"):
-                near = (c.pointer_band + self.global_blocks) * c.spectral_pointer_heads
-                return (near + far + self.window(layer) * (c.num_heads - c.spectral_pointer_heads)) // c.num_heads
+                near = c.pointer_band + self.global_blocks
+                again = near + c.spectral_pointer_far_blocks if c.copying else 0  # pointer heads' codes
+                others = self.window(layer) * (c.num_heads - c.spectral_pointer_heads)
+                return ((near + again) * c.spectral_pointer_heads + far + others) // c.num_heads
             offsets = c.spectral_pointers * max(0, 2 * self.pointer_radius() + 1)
             return c.pointer_band + offsets + self.global_blocks + far // c.num_heads
         return self.window(layer)
@@ -1027,6 +1036,7 @@ def flops_per_token(model: GPT, schedule: Schedule) -> float:
     """Forward and backward: 6 per matrix parameter, 12 H D per visible key (listed blocks, an upper bound)."""
     c = schedule.config
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim >= 2) + model.head_w.numel()
+    matrices += model.codes_VD.numel() if c.copying else 0
     keys = sum(min(BLOCK * schedule.listed_blocks(i), c.train_seq_len) for i in attention_layers(c.num_layers))
     return 6.0 * matrices + 12.0 * c.num_heads * c.head_dim * keys
 
@@ -1517,7 +1527,7 @@ def make_mixer(config: Config, loader: TokenLoader) -> Mixer | None:
     share, each = config.retrieval_mix, MIXER_COUNTS // len(loader.paths)
     counts_V = sum(count_tokens(shards.open_shard(path)[:each]) for path in loader.paths)
     try:
-        return Mixer(share, config.seed, counts_V, config.doc_delimiter)
+        return Mixer(share, config.retrieval_passages, config.seed, counts_V, config.doc_delimiter)
     except ValueError as error:
         raise ValueError(f"RETRIEVAL_MIX={share:g}: {config.train_files}: {error}, or set RETRIEVAL_MIX=0") from None
 
@@ -1799,7 +1809,7 @@ def run_experiment(check_only: bool) -> None:
     if training and validation:
         check(check_separate, training, validation)
     if training:
-        mixer = check(make_mixer, config, training, reads="RETRIEVAL_MIX DOC_DELIMITER SEED")
+        mixer = check(make_mixer, config, training, reads="RETRIEVAL_MIX RETRIEVAL_PASSAGES DOC_DELIMITER SEED")
     if config.needle_eval:
         haystack = check(check_haystack, config, reads="NEEDLE_SEQ_LEN NEEDLE_DISTANCES NEEDLE_SAMPLES_PER_DISTANCE "
                                                        "NEEDLE_ANCHOR_LEN NEEDLE_VALUE_LEN DOC_DELIMITER SEED")

@@ -51,7 +51,6 @@ SHORTEST = 2 + KEY_LENGTHS[0] + VALUE_LENGTHS[0]  # tokens of a piece
 PLACE_TRIES = 16  # places that are tried for one piece
 KEY_TRIES = 16  # draws of a key that is in the sequence nowhere yet
 MAX_FAILURES = 1024  # tasks in a row that found no place: the sequence takes no more
-PASSAGES = 0.5  # share of the overwritten tokens that are copies of passages; the rest are statements and questions
 # Shares of the common, the middle and the rare ids among the words of keys, values and templates. If no value has a common one,
 # those in values are taken for a template's. Keys have none, as a piece touches no key token of the text.
 KEY_WORDS, VALUE_WORDS, TEMPLATE_WORDS = (0.0, 0.8, 0.2), (0.1, 0.3, 0.6), (0.6, 0.3, 0.1)
@@ -240,20 +239,20 @@ class Task(NamedTuple):
 
 
 class Mixer:
-    """Writes tasks over a share of the tokens of every training sequence.
+    """Writes tasks over a share of the tokens of every training sequence, and among them, over a share of theirs, `passages`.
 
     What is written is a function of (seed, step, index of the sequence in the global batch, its text): the same for every
     number of processes, and no state is kept between sequences. ValueError when the counted text is too poor.
     """
 
-    def __init__(self, share, seed, counts_V, delimiter):
-        self.share, self.seed, self.delimiter = share, seed, delimiter
+    def __init__(self, share, passages, seed, counts_V, delimiter):
+        self.share, self.passages, self.seed, self.delimiter = share, passages, seed, delimiter
         self.kinds = trained_words(counts_V, delimiter)
         self.class_V = token_classes(np.arange(1 << 16)).astype(np.uint8).tobytes()
 
     def policy(self) -> str:
         return (
-            f"retrieval mix: {self.share:.1%} of the training tokens, {PASSAGES:.0%} of them in copied passages; "
+            f"retrieval mix: {self.share:.1%} of the training tokens, {self.passages:.0%} of them in copied passages; "
             f"keys, values and templates of {sum(map(len, self.kinds))} tokens; validation text is left as it is"
         )
 
@@ -276,8 +275,8 @@ class Mixer:
         """The same, with the words that they are made of."""
         draft = _Draft(self, tokens, f"retrieval mix {self.seed} {step} {sequence}")
         size = self.share * (len(tokens) - 1)
-        left = draft.fill(PASSAGES * size, draft.passage)  # first: they need the most room, half of it natural text
-        draft.fill((1 - PASSAGES) * size + left, draft.task)
+        left = draft.fill(self.passages * size, draft.passage)  # first: they need the most room, half of it natural text
+        draft.fill((1 - self.passages) * size + left, draft.task)
         return draft
 
 

@@ -326,9 +326,14 @@ def past_lists(documents: Documents) -> BlockLists:
     return BlockLists(num.contiguous(), (own[:, None] - own).clamp(min=0)[None, None].contiguous())
 
 
+def length_scale_at(places: float) -> float:
+    """sqrt(2 ln(t / 10 + 1) + 1): scale-invariant attention (arXiv 2505.17083, tau = 10, alpha = beta = sqrt(e)), whose added
+    constant a softmax does not see."""
+    return math.sqrt(2 * math.log(places / 10 + 1) + 1)
+
+
 def length_scale(documents: Documents) -> Tensor:
-    """[T], sqrt(2 ln(t / 10 + 1) + 1) for the token t places into its document: scale-invariant attention (arXiv 2505.17083,
-    tau = 10, alpha = beta = sqrt(e)), whose added constant a softmax does not see."""
+    """[T], `length_scale_at` the token's place in its document."""
     id_T = documents.id_T
     position = torch.arange(len(id_T), device=id_T.device)
     opens = F.pad(id_T[1:] != id_T[:-1], (1, 0), value=True)

@@ -186,6 +186,11 @@ class ContentPointers(nn.Module):
         claims = torch.zeros(*time_BHNW.shape[:3], BLOCK + 1, device=time_BHNW.device).scatter(-1, time_BHNW.long(), 1)
         return (log_odds_BHNR.sigmoid().square() * (0.25 + 0.75 * claims[..., :BLOCK])).flatten(2)
 
+    def sharpen(self, q_BTHD: Tensor, factor_T: Tensor) -> Tensor:
+        """Multiply the pointer heads' queries, landmarks folded in."""
+        P = self.shape.heads
+        return torch.cat([q_BTHD[:, :, :P] * factor_T[:, None, None].type_as(q_BTHD), q_BTHD[:, :, P:]], 2)
+
     def read_codes(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, codes_TD: Tensor, lists: BlockLists, bias):
         """(q, k, v, lists, bias) of H + P heads: the pointer heads once more, their weights now on the tokens' codes instead of
         values."""

@@ -15,6 +15,7 @@ from model.head import FP8_W_SCALE, quantise_w
 from model.selection import Claims
 
 pytestmark = pytest.mark.usefixtures("one_thread_on_cpu")
+COPIES = dict(CONTENT, SPECTRAL_POINTER_COPY=1)
 SHAPE = ContentShape(heads=2, head_dim=32, stream_dim=24, dim=16, rows=16)
 
 
@@ -260,6 +261,32 @@ def test_windows_held_in_vain_are_warned_of_once():
     assert S.held_in_vain(config_for(**CONTENT, SCOPE_LOG_EVERY=200), S.Schedule(config, 199, total), idle) is None
 
 
+def test_heads_that_search_are_sharper_beyond_the_trained_length():
+    """By a power of the length scale's growth since then, and nobody else."""
+    tokens = documents_of(T, 3, mean_length=400)
+    plain, sharp = (model_for(**CONTENT, SPECTRAL_L_TRAIN=200, SPECTRAL_POINTER_SHARPEN=power) for power in (0, 3))
+    seen, sharpen = [], ContentPointers.sharpen
+
+    def noted(module, q, factor):
+        seen.append((q, factor, sharpen(module, q, factor)))
+        return seen[-1][-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ContentPointers, "sharpen", noted)
+        a, b = logits_of(plain, tokens), logits_of(sharp, tokens)
+    assert len(seen) == 4
+    q, factor, sharper = seen[0]
+    assert torch.equal(sharper[:, :, 1:], q[:, :, 1:]) and sharper.shape == q.shape
+    torch.testing.assert_close(sharper[:, :, 0], q[:, :, 0] * factor[:, None], rtol=0, atol=0)
+    start = 0
+    for t in range(T):
+        start = t if tokens[t] == DELIMITER else start
+        growth = math.sqrt((2 * math.log((t - start) / 10 + 1) + 1) / (2 * math.log(200 / 10 + 1) + 1))
+        assert factor[t].item() == pytest.approx(max(1, growth) ** 3, rel=1e-4)
+    moved, beyond = (a != b).any(-1), factor > 1
+    assert not moved[~beyond].any() and moved[beyond].float().mean() > 0.9 and 100 < beyond.sum() < T - 300
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Copies
 
@@ -313,8 +340,8 @@ def test_codes_tell_all_tokens_apart():
 def test_the_head_says_what_is_read_whatever_the_weights():
     """A model's logits are those of its stream plus, before the cap, what is read of each token's code."""
     settings = dict(CONTENT, SPECTRAL_LAYERS="0,3", NUM_HEADS=2, SPECTRAL_POINTER_HEADS=2)
-    model, tokens = model_for(**settings), documents_of(T, 3)
-    bare = model_for(**settings, SPECTRAL_POINTER_COPY=0)
+    model, tokens = model_for(**settings, SPECTRAL_POINTER_COPY=1), documents_of(T, 3)
+    bare = model_for(**settings)
     contexts = [context_of(m, tokens) for m in (model, bare)]
     with torch.no_grad():
         (x, _), (plain, _) = (m.hidden(tokens, c) for m, c in zip((model, bare), contexts, strict=True))
@@ -329,15 +356,39 @@ def test_the_head_says_what_is_read_whatever_the_weights():
 
 def test_the_language_model_teaches_copies_and_begins_without():
     tokens = documents_of(T + 1, 8, mean_length=10**9)
-    fresh = [model_for(**CONTENT, SPECTRAL_POINTER_COPY=copy) for copy in (0, 1)]
-    assert not any(p.any() for name, p in model_for(alive=False, **CONTENT).named_parameters() if "w_copy" in name)
+    fresh = [model_for(**settings) for settings in (CONTENT, COPIES)]
+    assert not any(p.any() for name, p in model_for(alive=False, **COPIES).named_parameters() if "w_copy" in name)
     for block in fresh[1].blocks:
         torch.nn.init.zeros_(block.attn.content.w_copy)
     assert torch.equal(*(logits_of(model, tokens[:-1]) for model in fresh))
-    model = model_for(**CONTENT).train()
+    model = model_for(**COPIES).train()
     model(tokens[:-1], tokens[1:].long(), context_of(model, tokens[:-1], training=True)).loss.backward()
     for block in model.blocks:
         assert (block.attn.content.w_copy.grad != 0).all()
     assert model.codes_VD.requires_grad is False
     assert {name for name, _ in model.named_parameters()} - {name for name, _ in fresh[0].named_parameters()} == {
         f"blocks.{i}.attn.content.w_copy" for i in range(4)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the whole model runs in bf16: bench/step.py")
+def test_the_fused_head_says_them_too(monkeypatch):
+    monkeypatch.setattr(S, "fp8_available", lambda device: True)
+    tokens, results = documents_of(T + 1, 8, mean_length=10**9), []
+    for kind in ("plain", "fused"):
+        model = model_for(**COPIES, HEAD_LOSS=kind).train()
+        out = model(tokens[:-1], tokens[1:].long(), context_of(model, tokens[:-1], training=True))
+        out.loss.backward()
+        results.append((out.loss.item(), model.head_w.grad, model.blocks[3].attn.content.w_copy.grad))
+    (loss, *grads), (fused_loss, *fused_grads) = results
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    for found, expected in zip(fused_grads, grads, strict=True):
+        assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_the_work_of_copies_is_counted():
+    counted = {}
+    for copies in (0, 1):
+        model = model_for(alive=False, **CONTENT, SPECTRAL_POINTER_COPY=copies, SPECTRAL_LAYERS=3)
+        counted[copies] = S.flops_per_token(model, S.Schedule(model.config, 20, 100))
+    blocks = (2 + 4 + (2 + 4) + 3) // 2 - (2 + 4 + 3) // 2  # a band and an anchor, claims, the other head's window
+    assert counted[1] - counted[0] == 6 * (128 * 32 + 64) + 12 * 2 * 32 * BLOCK * blocks  # codes, the gate, the keys read

@@ -46,15 +46,15 @@ VARIANTS = {
     "content": CONTENT,
     "content, every head and token": dict(CONTENT, SPECTRAL_POINTER_HEADS=2, SPECTRAL_POINTER_ASKING=128,
                                           SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
-    "content, without copies": dict(CONTENT, SPECTRAL_POINTER_COPY=0),
+    "content, copies": dict(CONTENT, SPECTRAL_POINTER_COPY=1),
     "content, shared": dict(CONTENT, SPECTRAL_POINTER_READERS=2, SPECTRAL_WINDOW_HOLD=0.9),
     "content and bias": dict(CONTENT, SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1, SPECTRAL_QK_LAYOUT="append"),
     "pooled": CONTENT | dict(SPECTRAL_POINTER_SOURCE="pooled", SPECTRAL_POINTER_HEADS=2, SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
     "dense": dict(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="dense"),
     "dense, scaled": dict(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="dense", SPECTRAL_LENGTH_SCALE=1),
     "mixed": CONTENT | POINTERS | dict(SPECTRAL_POINTER_SOURCE="mixed", SPECTRAL_QK_LAYOUT="append"),
-    "mixed, shared": CONTENT | POINTERS | dict(SPECTRAL_POINTER_SOURCE="mixed", SPECTRAL_QK_LAYOUT="append",
-                                                SPECTRAL_POINTER_READERS=2),
+    "mixed, shared, copies": CONTENT | POINTERS | dict(SPECTRAL_POINTER_SOURCE="mixed", SPECTRAL_QK_LAYOUT="append",
+                                                       SPECTRAL_POINTER_READERS=2, SPECTRAL_POINTER_COPY=1),
     "C wide": dict(POINTERS, SPECTRAL_POINTER_HALF_BLOCKS=2, SPECTRAL_POINTERS=3, SPECTRAL_POINTER_GLOBAL_BLOCKS=0),
 }
 
@@ -593,7 +593,8 @@ def graphs_over_the_schedule(variant):
     return graphs
 
 
-@pytest.mark.parametrize("name", ["A", "B", "C", "C append", "C score_mod", "content", "content and bias", "mixed", "dense"])
+@pytest.mark.parametrize("name", ["A", "B", "C", "C append", "C score_mod", "content", "content, copies",
+                                  "content and bias", "mixed", "dense"])
 def test_one_graph_without_device_reads(name, fresh_dynamo):
     graphs = graphs_over_the_schedule(VARIANTS[name] | (SCHEDULED if "C" in name else {}))
     assert graphs.count == 1 and graphs.reads == []
@@ -661,7 +662,7 @@ def test_a_long_evaluation_holds_no_whole_mlp_and_no_whole_logits(monkeypatch):
     assert torch.allclose(chunked, loss, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["A", "B", "C", "content"])
+@pytest.mark.parametrize("name", ["A", "B", "C", "content", "content, copies"])
 def test_a_training_forward_and_backward_never_wait_for_the_device(name):
     model, tokens = model_for(**VARIANTS[name]).train(), documents_of(T + 1, 14)
     with DeviceReads() as reads:

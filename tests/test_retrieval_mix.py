@@ -70,8 +70,8 @@ def sequence(delimiter, length, documents, seed=0):
 
 
 @functools.cache
-def mixer(delimiter, share=0.1, seed=0):
-    return Mixer(share, seed, COUNTS[delimiter], delimiter)
+def mixer(delimiter, share=0.1, seed=0, passages=0.5):
+    return Mixer(share, passages, seed, COUNTS[delimiter], delimiter)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def test_a_sequence_is_a_function_of_seed_step_and_index(delimiter):
     for cell in cells:  # a mixer of its own, as in a resumed run, and a global state of its own
         random.seed(cell[1])
         np.random.seed(cell[1])
-        fresh = Mixer(0.1, cell[0], COUNTS[delimiter], delimiter)
+        fresh = Mixer(0.1, 0.5, cell[0], COUNTS[delimiter], delimiter)
         assert fresh.mix(np.int64(cell[1]), text, np.int64(cell[2])).tobytes() == made[cell]
 
 
@@ -346,11 +346,11 @@ def test_processes_share_the_sequences_of_one(world_size, monkeypatch):
         assert tokens[0] == plain[0] and tokens[-1] == plain[-1]  # the same in the sequence next to it
 
 
-def sizes(delimiter, share, text, steps):
+def sizes(delimiter, share, text, steps, passages=0.5):
     """[steps, 2] tokens that the copies of passages and that statements and questions overwrite."""
     made = np.zeros((steps, 2), dtype=int)
     for step in range(steps):
-        for task in mixer(delimiter, share).plan(step, text, 0):
+        for task in mixer(delimiter, share, passages=passages).plan(step, text, 0):
             made[step, int(task.kind != "passage")] += sum(map(len, task.pieces))
     return made
 
@@ -363,6 +363,13 @@ def test_share(delimiter, share):
     assert share > 0.3 or abs(made.sum(axis=1) - share).max() < 150 / 16384
     made = sizes(delimiter, share, sequence(delimiter, 512, 0), 400 if share > 0.1 else 1600) / 512
     assert made.mean(axis=0) == pytest.approx(share / 2, rel=0.2)
+
+
+@pytest.mark.parametrize("passages", [0, 0.2, 1])
+def test_share_of_passages(passages):
+    made = sizes(GPT2, 0.1, sequence(GPT2, 16384, 2), 4, passages).mean(axis=0) / 16384
+    assert made == pytest.approx([0.1 * passages, 0.1 * (1 - passages)], rel=0.1, abs=20 / 16384)
+    assert made.all() == (0 < passages < 1)
 
 
 def test_share_where_no_passage_fits():
@@ -556,7 +563,7 @@ def test_the_process_that_mixes_may_end(settings, tmp_path):
     ahead.close()
     text = (f"import sys, os, signal, numpy as np; sys.path.insert(0, {str(Path(S.__file__).parent)!r})\n"
             "from data.retrieval import Mixer, MixerProcess\n"
-            "other = MixerProcess(Mixer(0.1, 0, np.ones(256, dtype=int), 256))\n"
+            "other = MixerProcess(Mixer(0.1, 0.5, 0, np.ones(256, dtype=int), 256))\n"
             "other.mix(0, np.zeros(257, dtype=np.uint16), 0)\n"
             "print(other.process.pid, flush=True)\n"
             "os.kill(os.getpid(), signal.SIGKILL)")
