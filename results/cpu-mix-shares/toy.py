@@ -3,8 +3,8 @@
     python results/cpu-mix-shares/toy.py SHARD COPIES PASSAGES STATEMENTS SEED        # 1,200 steps, a line of JSON every 300
 
 Three layers of width 128 with the recipe's parts and optimizers on text of the 4,096 commonest tokens of a shard, sequences of
-256 tokens, dense attention. COPIES: 1 gives head 0 of layer 1 blended queries and keys over 8 tokens and the codes of the tokens
-that it reads to the output head (model/content.py). PASSAGES and STATEMENTS: shares of the training tokens that are
+256 tokens, dense attention. COPIES: 1 gives head 0 of layer 1 blended queries and keys over 8 tokens, and the codes of the
+tokens that it reads to the output head (model/content.py). PASSAGES and STATEMENTS: shares of the training tokens that are
 overwritten, by copies of 8 to 32 tokens of the same sequence, and by a word, a key of two, a value of six and a word, all
 said twice.
 Held out: natural text; where a passage of it stands again, and where a statement does.
