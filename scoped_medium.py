@@ -84,7 +84,6 @@ from model.attn_bias import (
     SpectralShape,
     augment,
     length_scale,
-    length_scale_at,
     past_lists,
     pointer_lists,
     scope_bins,
@@ -642,8 +641,8 @@ class Attention(nn.Module):
         if self.content is not None:
             q, k, lists, pointing = self.point(x, q, k, lists if offsets else None, rotary, context, long_window)
             if config.spectral_pointer_sharpen:
-                growth_T = length_scale(documents) / length_scale_at(config.spectral_l_train)
-                q = self.content.sharpen(q, growth_T.clamp(min=1) ** config.spectral_pointer_sharpen)
+                growth_T = length_scale(documents, config.spectral_l_train).clamp(min=1)
+                q = self.content.sharpen(q, growth_T**config.spectral_pointer_sharpen)
         else:
             q, k = rotary(q), rotary(k)
         if self.dense and config.spectral_length_scale:
@@ -1013,15 +1012,13 @@ class Schedule(NamedTuple):
         if layer in c.spectral_layer_ids() and c.spectral_use_pointer_mask:
             if c.dense:
                 return c.train_seq_len // BLOCK
-            readers = c.content_shape().matching
-            far = c.spectral_pointer_far_blocks * readers if c.content_pointers else 0  # of all heads
-            if c.pointer_source in ("content", "pooled"):
-                near = c.pointer_band + self.global_blocks
-                again = near + c.spectral_pointer_far_blocks if c.copying else 0  # pointer heads' codes
-                others = self.window(layer) * (c.num_heads - c.spectral_pointer_heads)
-                return ((near + again) * c.spectral_pointer_heads + far + others) // c.num_heads
-            offsets = c.spectral_pointers * max(0, 2 * self.pointer_radius() + 1)
-            return c.pointer_band + offsets + self.global_blocks + far // c.num_heads
+            offsets = c.spectral_pointers * max(0, 2 * self.pointer_radius() + 1) if c.offset_pointers else 0
+            near = c.pointer_band + self.global_blocks + offsets
+            others = near if c.offset_pointers else self.window(layer)
+            searching = c.spectral_pointer_heads if c.content_pointers else 0
+            far = c.spectral_pointer_far_blocks * c.content_shape().matching if c.content_pointers else 0  # of all heads
+            again = searching * (near + c.spectral_pointer_far_blocks) if c.copying else 0  # pointer heads' codes
+            return (searching * near + (c.num_heads - searching) * others + far + again) // c.num_heads
         return self.window(layer)
 
     def window(self, layer: int) -> int:

@@ -1,6 +1,6 @@
 """What do copied passages and statements cost natural text, where a model can copy? A toy on the CPU.
 
-    python results/cpu-mix-shares/toy.py SHARD COPIES PASSAGES STATEMENTS SEED        # 1,200 steps, a line of JSON every 300
+    python results/cpu-toys/mix_shares.py SHARD COPIES PASSAGES STATEMENTS SEED        # 1,200 steps, a line of JSON every 300
 
 Three layers of width 128 with the recipe's parts and optimizers on text of the 4,096 commonest tokens of a shard, sequences of
 256 tokens, dense attention. COPIES: 1 gives head 0 of layer 1 blended queries and keys over 8 tokens, and the codes of the
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tied_head import common_text, rotated
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,17 +28,6 @@ from scoped_medium import Muon, norm, uniform_weight
 C, H, L, T, B, STEPS, TAPS = 128, 4, 3, 256, 8, 1200, 8
 D, V = C // H, 4097
 torch.set_num_threads(1)
-
-
-def common_text(shard):
-    tokens = np.fromfile(shard, dtype="<u2")[512:]
-    counts = np.bincount(tokens, minlength=65536)
-    counts[50256] = 0
-    ids = np.full(65536, 65535)
-    ids[np.argsort(-counts)[:4096]] = np.arange(4096)
-    ids[50256] = 4096
-    tokens = ids[tokens]
-    return tokens[tokens != 65535].astype(np.uint16)
 
 
 def batch(rng, text, passages, statements):
@@ -96,13 +86,6 @@ class Attention(nn.Module):
                 return torch.cat([head[:, :, None], x[:, :, 1:]], 2)
 
             q, k = mixed(q, self.taps[0]), mixed(k, self.taps[1])
-        angle = torch.arange(T)[:, None] * (1 / 1024) ** torch.linspace(0, 1, D // 4)
-        cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
-
-        def rotated(x):
-            a, b, c, d = norm(x).split([D // 4] * 4, -1)
-            return torch.cat([a * cos + c * sin, b, c * cos - a * sin, d], -1)
-
         v = self.lambdas[0] * v if ve is None else self.lambdas[0] * v + self.lambdas[1] * ve.view_as(v)
         q, k, v = (x.transpose(1, 2) for x in (rotated(q), rotated(k), v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.35).transpose(1, 2)
@@ -117,7 +100,6 @@ class Attention(nn.Module):
 class Model(nn.Module):
     def __init__(self, copies):
         super().__init__()
-        self.copies = copies
         self.embed, self.ves = nn.Embedding(V, C), nn.ModuleList(nn.Embedding(V, C) for _ in range(2))
         self.attn = nn.ModuleList(Attention(copies and layer == 1) for layer in range(L))
         self.up = nn.ParameterList(uniform_weight(4 * C, C) for _ in range(L))

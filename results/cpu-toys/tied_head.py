@@ -1,6 +1,6 @@
 """Can a head say a token that it was hardly ever asked to say? A toy on the CPU in which the finding is given.
 
-    python results/cpu-tied-head/toy.py SHARD TIE SEED [SCALE]        # 400 steps, a line of JSON every 100
+    python results/cpu-toys/tied_head.py SHARD TIE SEED [SCALE]        # 400 steps, a line of JSON every 100
 
 Three layers of width 128 with the recipe's parts and optimizers, on text of the 4,096 commonest tokens of a shard. Every
 sequence of 256 tokens holds six statements, each said twice: template word, key of two tokens, value of six, end word. A
@@ -57,6 +57,14 @@ def batch(rng, text, tasks=TASKS):
     return (torch.from_numpy(x) for x in (tokens, role, source[:, :T]))
 
 
+def rotated(x_BTHD):
+    """Normed, half of the dimensions rotated."""
+    angle = torch.arange(x_BTHD.size(1))[:, None] * (1 / 1024) ** torch.linspace(0, 1, x_BTHD.size(-1) // 4)
+    cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
+    a, b, c, d = norm(x_BTHD).chunk(4, -1)
+    return torch.cat([a * cos + c * sin, b, c * cos - a * sin, d], -1)
+
+
 class Attention(nn.Module):
     def __init__(self, given):
         super().__init__()
@@ -65,13 +73,6 @@ class Attention(nn.Module):
 
     def forward(self, x, ve, source):
         q, k, v = F.linear(x, self.qkv_w).view(B, T, 3, H, D).unbind(2)
-        angle = torch.arange(T)[:, None] * (1 / 1024) ** torch.linspace(0, 1, D // 4)
-        cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
-
-        def rotated(x):
-            a, b, c, d = norm(x).split([D // 4] * 4, -1)
-            return torch.cat([a * cos + c * sin, b, c * cos - a * sin, d], -1)
-
         v = self.lambdas[0] * v if ve is None else self.lambdas[0] * v + self.lambdas[1] * ve.view_as(v)
         q, k, v = (x.transpose(1, 2) for x in (rotated(q), rotated(k), v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.35).transpose(1, 2)
