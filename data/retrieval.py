@@ -56,6 +56,8 @@ MAX_FAILURES = 1024  # tasks in a row that found no place: the sequence takes no
 KEY_WORDS, VALUE_WORDS, TEMPLATE_WORDS = (0.0, 0.8, 0.2), (0.1, 0.3, 0.6), (0.6, 0.3, 0.1)
 VALUES_OF_TEXT = 0.5  # share of the tasks with keys whose values are words of the text
 VALUE_TRIES = 16  # draws of such a value
+ECHOES = 0.5  # share of the values with a run of tokens of another of the document: only what stands before tells what follows
+ECHO_LENGTHS = (1, 4)  # tokens, at most all but one of the value
 
 
 class Kind(NamedTuple):
@@ -234,6 +236,7 @@ class Task(NamedTuple):
     answer: np.ndarray
     starts: list
     pieces: list
+    values: list
     template: Template | None = None
     source: int | None = None  # where the text starts that a passage copies, which stays as it is
 
@@ -362,6 +365,7 @@ class _Draft:
         self.keys, self.key_parts = set(), set()
         self.neighbours = [[] for _ in self.documents]  # keys in each
         self.templates = [[] for _ in self.documents]
+        self.values = [[] for _ in self.documents]
 
     def deal(self, ids):
         """An eighth, three eighths and half of the ids, dealt out anew: by an affine permutation, faster than a shuffle."""
@@ -434,7 +438,7 @@ class _Draft:
             source = start - self.log_uniform(nearest, longest)
             if self.taken.find(1, source, source + length) < 0:
                 copy = self.tokens[source : source + length].astype(np.int64)
-                return Task("passage", document, [], copy, [start], [copy], source=source)
+                return Task("passage", document, [], copy, [start], [copy], [], source=source)
         return None
 
     def task(self) -> Task | None:
@@ -444,14 +448,15 @@ class _Draft:
         document, begin, end, question = found
         name = list(KINDS)[bisect_right(KIND_EDGES, self.random() * KIND_EDGES[-1])]
         template = self.template(KINDS[name], self.templates[document])
-        keys, answer, pieces = self.pieces(KINDS[name], template, self.neighbours[document])
+        keys, values, answer, pieces = self.pieces(KINDS[name], template, document)
         if not keys or question + len(pieces[-1]) > end or not self.free(question, len(pieces[-1])):
             return None
         starts = self.places(pieces[:-1], question, question - begin)
         if not starts:
             return None
-        values = KINDS[name].values  # statements of one key, all of one length: the latest in the text is to be the last
-        return Task(name, document, keys, answer, sorted(starts[:values]) + starts[values:] + [question], pieces, template)
+        stated = len(values)  # statements of one key, all of one length: the latest in the text is to be the last
+        starts = sorted(starts[:stated]) + starts[stated:] + [question]
+        return Task(name, document, keys, answer, starts, pieces, values, template)
 
     def template(self, kind, known):
         """One of those known or a new one."""
@@ -464,22 +469,23 @@ class _Draft:
         linking = _draw_linking(lambda n: self.draw(self.template_ids, n), words, shape) if kind.links else words[:0]
         return cut_template(words, shape, linking)
 
-    def pieces(self, kind, template, neighbours):
-        """(keys, answer, pieces) of a task that has no place yet; no keys when they cannot be told from others."""
-        keys = [self.key(neighbours) for _ in range(1 + kind.links)]
+    def pieces(self, kind, template, document):
+        """(keys, values, answer, pieces) of a task that has no place yet; no keys when they cannot be told from others."""
+        keys = [self.key(self.neighbours[document]) for _ in range(1 + kind.links)]
         if any(key is None for key in keys):
-            return [], None, []
+            return [], [], None, []
         length = min(self.between(VALUE_LENGTHS), len(self.value_ids))
         values, of_text = {}, self.random() < VALUES_OF_TEXT
         while len(values) < kind.values:
             value = self.value_of_text(length, template) if of_text else self.words(self.value_ids, length, (VALUE_CLASS,))
+            value = self.echo(value, template, self.values[document])
             values[value.tobytes()] = value
         values = list(values.values())
         statements = [template.statement(keys[0], value) for value in values]
         links = [template.statement(key, known, link=True) for known, key in itertools.pairwise(keys)]
         answer = np.concatenate([template.way(keys[-2::-1]), values[-1]])
         asked = np.concatenate([template.question(keys[-1], link=kind.links > 0), answer, template.after])
-        return keys, answer, statements + links + [asked] * kind.questions
+        return keys, values, answer, statements + links + [asked] * kind.questions
 
     def words(self, pool, length, evaluated):
         """int64 [length] tokens of a pool, none twice and not all of them of the classes `evaluated`."""
@@ -523,6 +529,17 @@ class _Draft:
                 return np.array(value, dtype=np.int64)
         return self.words(self.value_ids, length, (VALUE_CLASS,))
 
+    def echo(self, value, template, known):
+        """The value, now and then with a run of one of those known in the place of as many of its tokens."""
+        if not known or self.random() >= ECHOES:
+            return value
+        other = known[self.below(len(known))]
+        length = min(self.between(ECHO_LENGTHS), len(other), len(value) - 1)
+        start, source = self.below(len(value) - length + 1), self.below(len(other) - length + 1)
+        echo = np.concatenate([value[:start], other[source : source + length], value[start + length :]])
+        fits = len(set(echo.tolist())) == len(echo) and template.after[0] not in echo and self.apart(echo, (VALUE_CLASS,))
+        return echo if fits else value
+
     def places(self, pieces, question, longest):
         """Starts of the pieces, each at a log-uniform distance of up to `longest` before the question; [] if one has none."""
         starts = []
@@ -550,6 +567,7 @@ class _Draft:
             self.take(task.source, len(task.answer))
         else:
             self.templates[task.document].append(task.template)
+            self.values[task.document].extend(task.values)
         self.neighbours[task.document].extend(task.keys)
 
     def take(self, start, length):

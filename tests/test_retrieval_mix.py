@@ -426,6 +426,22 @@ def test_kinds_and_lookalikes_come_in_their_shares():
     assert {len(key) for key in keys} == {2, 3, 4, 5}
 
 
+def test_half_of_the_values_share_a_run_with_another():
+    tasks = [t for t in mixer(GPT2, 0.1).plan(0, sequence(GPT2, 65536, 0), 0) if t.kind in ("single", "two values")]
+    values = [value.tolist() for task in tasks for value in task.values]
+    assert all(len(set(value)) == len(value) for value in values)
+    assert all(value == task.pieces[0][-len(value) - len(task.template.after) :][: len(value)].tolist()
+               for task in tasks for value in [task.values[0].tolist()])
+    pairs = collections.Counter(pair for value in values for pair in itertools.pairwise(value))
+    shared = sum(any(pairs[pair] > 1 for pair in itertools.pairwise(value)) for value in values) / len(values)
+    assert 0.2 < shared  # runs of two tokens and more, those that others took from it counted too
+    successors = collections.defaultdict(set)
+    for first, second in pairs:
+        successors[first].add(second)
+    forked = sum(any(len(successors[token]) > 1 for token in value[:-1]) for value in values) / len(values)
+    assert forked > 0.5
+
+
 def test_documents_too_short_are_left_alone():
     text = zipf(4097, 3)
     text[::33] = GPT2  # 32 tokens between delimiters
