@@ -49,7 +49,7 @@ class ContentShape:
     copying: bool = False  # the pointer heads' findings are said: `read_codes` and `say`
     pooled: bool = False  # no landmarks: the mean over a block of its keys' non-rotating dimensions, for comparison
     ask_pacing: float = 32.0  # nats; the slots of a tile that has more to ask than those before must last to its end
-    claim_pacing: float = 2.0  # nats
+    claim_pacing: float = 4.0  # nats; of what a tile's first tokens find, only the better is claimed
     memory: int = 8  # blocks of the past from which thresholds are taken
 
     @property

@@ -217,7 +217,7 @@ def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, second_BHNR: Tensor, 
     repeats = pad(block[..., 1:] == block[..., :-1], (1, 0))
     highest = odds.masked_fill(repeats | (block < 0), float("-inf")).sort(-1, descending=True).values
     nth_BHN = highest[..., rank - 1] if rank <= R else torch.full_like(highest[..., 0], float("-inf"))
-    threshold_BHN = _mean_before(nth_BHN, memory)
+    threshold_BHN = _mean_before(nth_BHN, memory).maximum(floor_N)
 
     slot = torch.arange(slots, device=device)
     num, claims, refused = torch.zeros(3, B, H, N, device=device, dtype=torch.int32)
@@ -239,17 +239,17 @@ def admit_plain(block_BHNR: Tensor, log_odds_BHNR: Tensor, second_BHNR: Tensor, 
     return num, claimed.clamp(min=0), time, refused
 
 
-def admit(found: Found, ask_BHNR: Tensor, slots: int, rank: int, pacing: float = 2.0, memory: int = 8,
+def admit(found: Found, ask_BHNR: Tensor, slots: int, rank: int, pacing: float = 4.0, memory: int = 8,
           floor_N: Tensor | None = None, last_N: Tensor | None = None) -> tuple[Claims, Tensor]:
     """Which tokens claim their best block, or their second; and, int32 [B, H, N], how many of a tile find no slot left.
 
     The threshold of a tile is the mean, over the `memory` tiles before, of the `rank`-th largest log-odds of a best block
-    (a block counts once, with its highest; tiles that found fewer do not count; no such tile: no threshold). In token
-    order, the token at position x with c claims before it claims its best block, or its second where a slot holds the best,
-    if no slot holds it, one is free, and its log-odds exceed threshold + pacing * (c / rank - x / BLOCK) as well as the
-    tile's floor (float32, nats), which keeps heads that retrieve nothing from reading. With last_N (int32), the last block
-    that each tile may claim, a claim also takes the block behind its own, into a free slot of its own, up to that last one:
-    what begins near a block's end goes on there.
+    (a block counts once, with its highest; tiles that found fewer do not count), or the tile's floor (float32, nats) where
+    that is higher or no tile counts. In token order, the token at position x with c claims before it claims its best block,
+    or its second where a slot holds the best, if no slot holds it, one is free, and its log-odds exceed threshold + pacing *
+    (c / rank - x / BLOCK) as well as the floor, which keeps heads that retrieve nothing from reading. With last_N (int32), the
+    last block that each tile may claim, a claim also takes the block behind its own, into a free slot of its own, up to that
+    last one: what begins near a block's end goes on there.
     """
     if slots < 1 or slots & (slots - 1) or slots > MAX_CLAIMS:
         raise ValueError(f"{slots} slots for claims are no power of two of at most {MAX_CLAIMS}")

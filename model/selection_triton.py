@@ -284,8 +284,8 @@ def _admit_kernel(block_ptr, odds_ptr, second_ptr, second_odds_ptr, ask_ptr, nth
                   BLOCK: tl.constexpr):
     """One tile: its askers in token order, the claims so far in registers."""
     row, slot = tl.program_id(0).to(tl.int64), tl.arange(0, W)
-    threshold = _mean_before(nth_ptr, row, row % N, MEMORY)
     floor, last = tl.load(floor_ptr + row % N), tl.load(last_ptr + row % N)
+    threshold = tl.maximum(_mean_before(nth_ptr, row, row % N, MEMORY), floor)
     claimed, time = tl.full([W], -1, tl.int32), tl.full([W], BLOCK, tl.int32)
     num, claims, refused = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for i in range(R):

@@ -244,7 +244,7 @@ def loop_admit(found, asks, slots, rank, pacing, memory, floors, lasts):
     tiles = zip(*(t.tolist() for t in (*found, asks)), floors, lasts, strict=True)
     for blocks, odds, seconds, second_odds, xs, floor, last in tiles:
         recent = [v for v in nths[-memory:] if v > -math.inf]
-        threshold = sum(recent) / len(recent) if recent else -math.inf
+        threshold = max(floor, sum(recent) / len(recent) if recent else -math.inf)
         claims, takers, refused, highest = [], 0, 0, {}
         for b, u, second, second_u, x in zip(blocks, odds, seconds, second_odds, xs, strict=True):
             if b < 0:
@@ -315,6 +315,18 @@ def test_admission_kernel_equals_the_plain_one(case):
     rule = (floor - 0.3 * tile_N, tile_N + N // 2, slots, rank, pacing, memory)
     kernel, plain = kernels().admit_claims(*found, asks, *rule), admit_plain(*found, asks, *rule)
     assert all(torch.equal(a, b) for a, b in zip(kernel, plain, strict=True))
+
+
+def test_weak_finds_leave_slots_for_a_sure_one():
+    """The first tile has no threshold: what is hardly over its floor must not use up the slots, two a claim, either."""
+    x = torch.arange(16, dtype=torch.int32)
+    found = [2 * x, torch.full((16,), 0.6), torch.full((16,), -1, dtype=torch.int32), torch.full((16,), -math.inf)]
+    found[1][15] = 1.5
+    found = Found(*(t.expand(1, 1, 1, 16).to(DEVICE) for t in found))
+    floor_N, last_N = torch.zeros(1, device=DEVICE), torch.full((1,), 99, device=DEVICE, dtype=torch.int32)
+    for pacing, sure in ((0.0, False), (4.0, True)):
+        claims, _ = admit(found, 8 * x.expand(1, 1, 1, 16).to(DEVICE), 16, 6, pacing, 8, floor_N, last_N)
+        assert (claims.block_BHNW == 30).any() == sure and claims.num_BHN.item() == 16
 
 
 def test_a_key_in_two_places_is_read_in_both():
