@@ -10,6 +10,7 @@ from test_model import BASE, CONTENT, DELIMITER, T, config_for, context_of, docu
 
 import scoped_medium as S
 from model.attention import BLOCK, BlockLists, Documents, pointer_attention
+from model.attn_bias import length_scale
 from model.content import LEAST_PAST, LOSSES, TAPS, ContentPointers, ContentShape, Pointing, content_stats, token_codes
 from model.head import FP8_W_SCALE, quantise_w
 from model.selection import Claims
@@ -285,6 +286,27 @@ def test_heads_that_search_are_sharper_beyond_the_trained_length():
         assert factor[t].item() == pytest.approx(max(1, growth) ** 3, rel=1e-4)
     moved, beyond = (a != b).any(-1), factor > 1
     assert not moved[~beyond].any() and moved[beyond].float().mean() > 0.9 and 100 < beyond.sum() < T - 300
+
+
+def test_training_stretches_a_quarter_of_its_steps():
+    """The growth is that of a document as many times as long; none in evaluation; log-uniform in these steps."""
+    tokens = documents_of(T, 3, mean_length=400)
+    config = config_for(**CONTENT, SPECTRAL_L_TRAIN=1024, SPECTRAL_L_MAX=65536)
+    schedules = [S.Schedule(config, step, 8000) for step in range(8000)]
+    drawn = torch.tensor([schedule.stretch for schedule in schedules])
+    assert drawn.min() == 1 and drawn.max() in (62, 63)
+    shares = torch.histc(drawn.double().log2(), 6, 0, 6) / len(drawn)
+    assert abs(shares[0] - 19 / 24) < 0.01 and (abs(shares[1:] - 1 / 24) < 0.01).all()
+    stretched = next(schedule for schedule in schedules if schedule.stretch > 20)
+    assert stretched.context(tokens, training=False, backend="reference").stretch == 1
+    context = stretched.context(tokens, training=True, backend="reference")
+    expected, place = [], 0
+    for token in tokens.tolist():
+        place = 0 if token == DELIMITER else place
+        expected.append(math.sqrt(2 * math.log(place * stretched.stretch / 10 + 1) + 1))
+        place += 1
+    scale_T = length_scale(context.documents, 0, context.stretch)
+    torch.testing.assert_close(scale_T, torch.tensor(expected), rtol=1e-5, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
