@@ -125,11 +125,7 @@ class Model(nn.Module):
         return 30 * torch.sigmoid(z / 7.5)
 
 
-def main(shard, copies, passages, statements, seed):
-    text = common_text(shard)
-    train, held_out = text[:-400_000], text[-400_000:]
-    torch.manual_seed(int(seed))
-    model = Model(int(copies))
+def make_optimizers(model):
     named = dict(model.named_parameters())
     matrices = [p for n, p in named.items() if n.split(".")[0] in ("up", "down") or n.endswith(("qkv_w", "out_w"))]
     tables = [model.embed.weight, *(t.weight for t in model.ves)]
@@ -138,10 +134,18 @@ def main(shard, copies, passages, statements, seed):
     groups = [dict(params=[model.head_w], lr=0.1 * C**-0.5), dict(params=tables, lr=0.3), dict(params=scalars, lr=0.015)]
     if pointer:
         groups.append(dict(params=pointer, lr=0.003))
-    optimizers = [
+    return [
         torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-10),
         Muon(matrices, lr=0.025, weight_decay=0.01, momentum=0.95),
     ]
+
+
+def main(shard, copies, passages, statements, seed):
+    text = common_text(shard)
+    train, held_out = text[:-400_000], text[-400_000:]
+    torch.manual_seed(int(seed))
+    model = Model(int(copies))
+    optimizers = make_optimizers(model)
     rates = [g["lr"] for o in optimizers for g in o.param_groups]
     held = np.random.RandomState(99)
     plain = [batch(held, held_out, 0, 0) for _ in range(96)]

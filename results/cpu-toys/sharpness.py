@@ -1,0 +1,100 @@
+"""What does a sharper pointer head cost natural text, and does training at many sharpnesses mend it? A toy on the CPU.
+
+    python results/cpu-toys/sharpness.py SHARD STRETCHED SEED        # 1,200 steps, then lines of JSON
+
+The model, the text and the optimizers of mix_shares.py with copies and 8.5 % of the tokens in statements, but all heads but the
+one that copies see 64 tokens. STRETCHED: 1 multiplies that head's logits, in every other step, by a factor drawn from 1 to 1.9;
+0 never does. Scored with factors 1, 1.3, 1.6 and 1.9 on sequences of 256 and 4,096 tokens of held-out text (the second half of
+the tokens): the loss where nothing is overwritten, and how many tokens of values are said right, their statements log-uniformly
+far.
+"""
+
+import json
+import sys
+import time
+
+import mix_shares as toy
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tied_head import common_text, rotated
+
+WINDOW, FACTORS = 64, (1.0, 1.3, 1.6, 1.9)
+sharpness = 1.0
+
+
+def forward(self, x, ve, codes):
+    B, T, C = x.shape
+    q, k, v = F.linear(x, self.qkv_w).view(B, T, 3, toy.H, toy.D).unbind(2)
+    if self.copies:
+
+        def mixed(x, w):
+            head = sum(F.pad(x[:, :, 0], (0, 0, lag, 0))[:, :T] * w[lag] for lag in range(toy.TAPS))
+            return torch.cat([head[:, :, None], x[:, :, 1:]], 2)
+
+        q, k = mixed(q, self.taps[0]), mixed(k, self.taps[1])
+    v = self.lambdas[0] * v if ve is None else self.lambdas[0] * v + self.lambdas[1] * ve.view_as(v)
+    q, k, v = (x.transpose(1, 2) for x in (rotated(q), rotated(k), v))
+    age = torch.arange(T)[:, None] - torch.arange(T)
+    near = (age >= 0) & (age < WINDOW)
+    if not self.copies:
+        y = F.scaled_dot_product_attention(q, k, v, near, scale=0.35)
+        return F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_w), None
+    far = F.scaled_dot_product_attention(sharpness * q[:, :1], k[:, :1], torch.cat([v[:, :1], codes[:, None]], -1),
+                                         is_causal=True, scale=0.35)
+    rest = F.scaled_dot_product_attention(q[:, 1:], k[:, 1:], v[:, 1:], near, scale=0.35)
+    y = torch.cat([far[..., : toy.D], rest], 1)
+    return F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_w), far[:, 0, :, toy.D :]
+
+
+def scored(rng, text, length, statements):
+    """One sequence, and where a value is said again in its second half."""
+    start = rng.randint(len(text) - length - 1)
+    tokens, role = text[start : start + length + 1].astype(np.int64), np.zeros(length + 1, bool)
+    taken = set()
+    for at in range(length // 2, length - 10, 32) if statements else ():
+        piece = np.concatenate([[rng.randint(60)], rng.randint(300, 4096, 2), rng.randint(100, 4096, 6), [rng.randint(60)]])
+        source = (at - 16 - int(16 * ((at - 16) / 16) ** rng.rand())) // 32 * 32 + 16  # between two questions
+        if source < 0 or source in taken:
+            continue
+        taken.add(source)
+        tokens[at : at + 10] = tokens[source : source + 10] = piece
+        role[at + 3 : at + 9] = True
+    return torch.from_numpy(tokens)[None], torch.from_numpy(role)[None]
+
+
+def main(shard, stretched, seed):
+    global sharpness
+    toy.Attention.forward = forward
+    text = common_text(shard)
+    train, held_out = text[:-400_000], text[-400_000:]
+    torch.manual_seed(int(seed))
+    model = toy.Model(1)
+    optimizers = toy.make_optimizers(model)
+    rates = [g["lr"] for o in optimizers for g in o.param_groups]
+    rng, draw, start = np.random.RandomState(int(seed) + 1), np.random.RandomState(int(seed) + 2), time.time()
+    for step in range(1, toy.STEPS + 1):
+        for g, rate in zip([g for o in optimizers for g in o.param_groups], rates, strict=True):
+            g["lr"] = rate * max(0.0, min(1, (1 - (step - 1) / toy.STEPS) / 0.6))
+        sharpness = 1 + 0.9 * draw.rand() if int(stretched) and step % 2 else 1.0
+        tokens, _ = toy.batch(rng, train, 0, 0.085)
+        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        for o in optimizers:
+            o.step()
+        model.zero_grad()
+    for length, number in ((256, 256), (4096, 12)):
+        held = np.random.RandomState(99)
+        plain = [scored(held, held_out, length, False)[0] for _ in range(number)]
+        again = [scored(held, held_out, length, True) for _ in range(number)]
+        for sharpness in FACTORS:
+            with torch.no_grad():
+                half = length // 2
+                loss = np.mean([F.cross_entropy(model(t[:, :-1])[0, half:], t[0, half + 1 :]).item() for t in plain])
+                hit = torch.cat([(model(t[:, :-1]).argmax(-1) == t[:, 1:])[r[:, 1:]] for t, r in again]).float().mean()
+            line = dict(stretched=int(stretched), seed=int(seed), length=length, factor=sharpness,
+                        text_loss=round(float(loss), 4), statement=round(hit.item(), 4), seconds=round(time.time() - start))
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
