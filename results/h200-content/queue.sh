@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Steps on one GPU, one after the other: the settings of rounds 10 to 13 of RESULTS.md, section 6. From a clone:
+# Steps on one GPU, one after the other: the settings of rounds 10 to 14 of RESULTS.md, section 6. From a clone:
 #
 #     DATA=/data LOGS=/runs SECONDS_LEFT=1680 GPU=0 MIX=0.08 PASSAGES=0.25 HOLD=0.15 bash results/h200-content/queue.sh \
 #       'train copies_0 0 $COPIES; SPECTRAL_POINTER_FLOOR=3 SPECTRAL_POINTER_SHARPEN=3 evaluate copies_0'
@@ -48,7 +48,8 @@ score() { # NAME OUT TEXT ARGUMENTS...
 
 evaluate() { # NAME
   score "$1" m "$MILLION" --tasks single --lengths 1048576 --samples 100 &
-  score "$1" r "$BOOKS" --tasks single --lengths 16384,131072 --samples 200
+  score "$1" r "$BOOKS" --tasks single --lengths 16384 --samples 600
+  score "$1" s "$BOOKS" --tasks single --lengths 131072 --samples 200
   score "$1" t "$BOOKS" --tasks multikey,tracking --lengths 131072 --samples 200
   # shellcheck disable=SC2086
   score "$1" gain "$BOOKS" $GAIN
