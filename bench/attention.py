@@ -57,7 +57,7 @@ from model.attn_bias import (
     pointer_lists,
     window_lists,
 )
-from model.content import ContentPointers, ContentShape
+from model.content import ContentPointers, ContentShape, token_codes
 
 SCALE, B, H, D = 0.12, 1, 8, 128
 LISTS = ListShape(local_blocks=16, half_blocks=4, global_blocks=2)
@@ -256,15 +256,17 @@ def listed(setting: Setting, backend: str, layout: str | None, window: bool = Fa
         both_directions=lambda x: select(x.delta_BHTM, x.documents, True))
 
 
-def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool = False) -> Cell:
-    """Content pointers: `tokens` of a block search; `shared`: all heads read what is found. No log-odds are too low here, so on
-    random data the threshold of the blocks before fills the lists. `ms` holds the selection too."""
-    shape = ContentShape(head_dim=D, asking=tokens, floor=-math.inf, readers=H * shared)
+def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool = False, copying: bool = True) -> Cell:
+    """Content pointers: `tokens` of a block search; `shared`: all heads read what is found; `copying`: pointer heads read codes
+    too, here added to their values, so that one gradient reaches both. No log-odds are too low here, so on random data the
+    threshold of the blocks before fills the lists. `ms` holds the selection too."""
+    shape = ContentShape(head_dim=D, asking=tokens, floor=-math.inf, readers=H * shared, copying=copying)
     module = ContentPointers(shape, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(module.w_ask, generator=torch.Generator().manual_seed(1))
     module = module.to(setting.device).eval()
     state = PointerState(*(torch.tensor(x, dtype=torch.int32, device=setting.device) for x in LISTS))
     window = torch.tensor(WINDOW, dtype=torch.int32, device=setting.device)
+    codes_TD = token_codes(1024, 1024, D)[torch.arange(setting.tokens) % 1024].to(setting.device, torch.bfloat16)
 
     def choose(marks, documents):
         return module.point(marks, documents, state, LISTS, H, window, WINDOW).lists
@@ -274,8 +276,12 @@ def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool
 
     def attend(q, k, v, marks, documents):
         lists = choose(marks, documents)
+        if copying:
+            q, k, v, lists, _ = module.read_codes(q, k, v, codes_TD, lists, None)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return pointer_attention(q, k, v, lists, documents, scale=SCALE, backend=backend)[0].transpose(1, 2)
+        y, _ = pointer_attention(q, k, v, lists, documents, scale=SCALE, backend=backend)
+        y, found = y.transpose(1, 2).tensor_split([H], 2)
+        return torch.cat([y[:, :, : shape.heads] + found, y[:, :, shape.heads :]], 2) if copying else y
 
     def layer(q, k, v, documents):
         marks = module(q, k)
@@ -288,14 +294,15 @@ def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool
               for x, m in zip(inputs, marks, strict=True)]
     operator, layer = (torch.compile(f, dynamic=False, fullgraph=True) for f in (attend, layer))
     learnt = (module.w_query, module.w_key)
+    extras = " (all read what is found)" * shared + ", with copies" * copying
     return Cell(
         inputs, blocks=statistics.fmean(x.lists.num_BHN.float().mean().item() for x in inputs),
         attend=setting.run(lambda x: operator(*x[:3], x.coefficients, x.documents), lambda x: x[:3]),
         everything=setting.run(lambda x: layer(*x[:3], x.documents), lambda x: (*x[:3], *learnt)),
         select=lambda x: select(x.coefficients, x.documents, setting.backward),
         both_directions=lambda x: select(x.coefficients, x.documents, True),
-        note=f"pointer heads: {shape.heads}{' (all read what is found)' if shared else ''}, up to {shape.far_blocks} far "
-             f"blocks, {tokens} of {BLOCK} tokens search; selection inside ms")
+        note=f"pointer heads: {shape.heads}{extras}, up to {shape.far_blocks} far blocks, {tokens} of {BLOCK} tokens search; "
+             f"selection inside ms")
 
 
 def dense(setting: Setting, kernel: SDPBackend) -> Cell:
@@ -350,6 +357,7 @@ VARIANTS: dict[str, Callable[[Setting], Cell]] = {
     "triton_fold": lambda s: listed(s, "triton", "fold"),
     "triton_nobias": lambda s: listed(s, "triton", None),
     "content": lambda s: content(s, ContentShape.asking),
+    "content_values": lambda s: content(s, ContentShape.asking, copying=False),
     "content_shared": lambda s: content(s, ContentShape.asking, shared=True),
     "content_exact": lambda s: content(s, BLOCK),
     "flex_append": lambda s: listed(s, "flex", "append"),
