@@ -196,11 +196,10 @@ class Config:
     spectral_pointer_asking: int = _spectral(16, "content: tokens of a block that search, at most; in training all do",
                                              low=16, high=BLOCK)
     spectral_pointer_sharpen: float = _spectral(0.0, "content: power of the length scale's growth beyond SPECTRAL_L_TRAIN "
-                                                     "tokens by which logits of heads that search grow, in a quarter of the "
-                                                     "training steps as if tokens lay further; 0: they do not", low=0)
+                                                     "tokens by which logits of heads that search grow; 0: they do not", low=0)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
-    spectral_pointer_copy: bool = _spectral(False, "content: heads that search read, beside values, which tokens stand there, "
-                                                  "and the output head says them, however rarely training does")
+    spectral_pointer_copy: bool = _spectral(True, "content: heads that search read, beside values, which tokens stand there, "
+                                                 "and the output head says them, however rarely training does")
     spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and who searches", low=0)
 
     val_files: str = _validation("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
@@ -607,7 +606,6 @@ class Context(NamedTuple):
     window_blocks: tuple  # (short, long) width of these now, int32 scalars
     pointers: PointerState
     sample: Tensor  # int32 scalar, which rows of the past the landmarks are taught with
-    stretch: Tensor  # int32 scalar, how many times as far into their document tokens count to lie where heads are sharpened
 
 
 class Attention(nn.Module):
@@ -643,7 +641,7 @@ class Attention(nn.Module):
         if self.content is not None:
             q, k, lists, pointing = self.point(x, q, k, lists if offsets else None, rotary, context, long_window)
             if config.spectral_pointer_sharpen:
-                growth_T = length_scale(documents, config.spectral_l_train, context.stretch).clamp(min=1)
+                growth_T = length_scale(documents, config.spectral_l_train).clamp(min=1)
                 q = self.content.sharpen(q, growth_T**config.spectral_pointer_sharpen)
         else:
             q, k = rotary(q), rotary(k)
@@ -994,26 +992,19 @@ class Schedule(NamedTuple):
         """All that varies enters the compiled model as tensors of fixed shape, so that no schedule ever recompiles."""
         c = self.config
         values = torch.tensor([max(1, self.long_window // 2), self.long_window, c.pointer_band,
-                               self.pointer_radius(training), self.global_blocks, self.sampled_phase(len(tokens_T)),
-                               self.stretch if training else 1], dtype=torch.int32)
+                               self.pointer_radius(training), self.global_blocks, self.sampled_phase(len(tokens_T))],
+                              dtype=torch.int32)
         values = values.to(tokens_T.device, non_blocking=True).unbind()
         documents = Documents.of(tokens_T, c.doc_delimiter)
         windows = [window_lists(documents, *window) for window in zip(values, WINDOW_SLOTS, strict=False)]
         if c.dense:
             windows.append(past_lists(documents))
         windows = [prepare(lists, documents, backend=backend, needs_grad=training) for lists in windows]
-        return Context(documents, tuple(windows), tuple(values[:2]), PointerState(*values[2:5]), *values[5:])
+        return Context(documents, tuple(windows), tuple(values[:2]), PointerState(*values[2:5]), values[5])
 
     def sampled_phase(self, length: int) -> int:
         """Where in its stride of tokens each sampled row of this step lies (a multiplicative hash of the step)."""
         return self.step * 2654435761 % 2**32 * (length // ContentShape().rows) >> 32
-
-    @property
-    def stretch(self) -> int:
-        """1 in three of four steps, log-uniform up to L_max / L_train in the others (a multiplicative hash of the step): heads
-        that are sharper at lengths that training does not reach must have been so in training."""
-        u = self.step * 2246822519 % 2**32 / 2**32
-        return int(max(1.0, self.config.spectral_l_max / self.config.spectral_l_train) ** max(0.0, 4 * u - 3))
 
     def listed_blocks(self, layer: int) -> int:
         """Upper bound of the key blocks that a query block of this layer reads now."""

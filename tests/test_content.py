@@ -10,7 +10,6 @@ from test_model import BASE, CONTENT, DELIMITER, T, config_for, context_of, docu
 
 import scoped_medium as S
 from model.attention import BLOCK, BlockLists, Documents, pointer_attention
-from model.attn_bias import length_scale
 from model.content import LEAST_PAST, LOSSES, TAPS, ContentPointers, ContentShape, Pointing, content_stats, token_codes
 from model.head import FP8_W_SCALE, quantise_w
 from model.selection import Claims
@@ -288,27 +287,6 @@ def test_heads_that_search_are_sharper_beyond_the_trained_length():
     assert not moved[~beyond].any() and moved[beyond].float().mean() > 0.9 and 100 < beyond.sum() < T - 300
 
 
-def test_training_stretches_a_quarter_of_its_steps():
-    """The growth is that of a document as many times as long; none in evaluation; log-uniform in these steps."""
-    tokens = documents_of(T, 3, mean_length=400)
-    config = config_for(**CONTENT, SPECTRAL_L_TRAIN=1024, SPECTRAL_L_MAX=65536)
-    schedules = [S.Schedule(config, step, 8000) for step in range(8000)]
-    drawn = torch.tensor([schedule.stretch for schedule in schedules])
-    assert drawn.min() == 1 and drawn.max() in (62, 63)
-    shares = torch.histc(drawn.double().log2(), 6, 0, 6) / len(drawn)
-    assert abs(shares[0] - 19 / 24) < 0.01 and (abs(shares[1:] - 1 / 24) < 0.01).all()
-    stretched = next(schedule for schedule in schedules if schedule.stretch > 20)
-    assert stretched.context(tokens, training=False, backend="reference").stretch == 1
-    context = stretched.context(tokens, training=True, backend="reference")
-    expected, place = [], 0
-    for token in tokens.tolist():
-        place = 0 if token == DELIMITER else place
-        expected.append(math.sqrt(2 * math.log(place * stretched.stretch / 10 + 1) + 1))
-        place += 1
-    scale_T = length_scale(context.documents, 0, context.stretch)
-    torch.testing.assert_close(scale_T, torch.tensor(expected), rtol=1e-5, atol=0)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Copies
 
@@ -362,7 +340,7 @@ def test_codes_tell_all_tokens_apart():
 def test_the_head_says_what_is_read_whatever_the_weights():
     """A model's logits are those of its stream plus, before the cap, what is read of each token's code."""
     settings = dict(CONTENT, SPECTRAL_LAYERS="0,3", NUM_HEADS=2, SPECTRAL_POINTER_HEADS=2)
-    model, tokens = model_for(**settings, SPECTRAL_POINTER_COPY=1), documents_of(T, 3)
+    model, tokens = model_for(**settings | dict(SPECTRAL_POINTER_COPY=1)), documents_of(T, 3)
     bare = model_for(**settings)
     contexts = [context_of(m, tokens) for m in (model, bare)]
     with torch.no_grad():
@@ -410,7 +388,7 @@ def test_the_fused_head_says_them_too(monkeypatch):
 def test_the_work_of_copies_is_counted():
     counted = {}
     for copies in (0, 1):
-        model = model_for(alive=False, **CONTENT, SPECTRAL_POINTER_COPY=copies, SPECTRAL_LAYERS=3)
+        model = model_for(alive=False, **CONTENT | dict(SPECTRAL_POINTER_COPY=copies, SPECTRAL_LAYERS=3))
         counted[copies] = S.flops_per_token(model, S.Schedule(model.config, 20, 100))
     blocks = (2 + 4 + (2 + 4) + 3) // 2 - (2 + 4 + 3) // 2  # a band and an anchor, claims, the other head's window
     assert counted[1] - counted[0] == 6 * (128 * 32 + 64) + 12 * 2 * 32 * BLOCK * blocks  # codes, the gate, the keys read
