@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Steps on one GPU, one after the other: the settings of rounds 10 to 14 of RESULTS.md, section 6. From a clone:
+# Steps on one GPU, one after the other: the settings of rounds 10 to 15 of RESULTS.md, section 6. From a clone:
 #
-#     DATA=/data LOGS=/runs SECONDS_LEFT=1680 GPU=0 MIX=0.08 PASSAGES=0.25 HOLD=0.15 bash results/h200-content/queue.sh \
-#       'train copies_0 0 $COPIES; SPECTRAL_POINTER_FLOOR=3 SPECTRAL_POINTER_SHARPEN=3 evaluate copies_0'
+#     DATA=/data LOGS=/runs SECONDS_LEFT=1680 GPU=0 MIX=0.08 PASSAGES=0.25 HOLD=0 bash results/h200-content/queue.sh \
+#       'train copies_0 0 $COPIES; SPECTRAL_POINTER_FLOOR=3 evaluate copies_0'
 #
 # train NAME SEED SETTINGS..., score NAME OUT TEXT ARGUMENTS..., evaluate NAME. Settings before a scoring are the evaluation's.
 # DATA: the shards books_pep_train_*, gutenberg_train_*, books_val_000000, books_test_1m_gibbon. What SECONDS_LEFT does not cover
