@@ -193,6 +193,9 @@ class Config:
                                                    "noise (scale-invariant attention)")
     spectral_pointer_floor: float = _spectral(2.0, "content: log-odds of a block, over those of an average one of the "
                                                    "past, below which it is not read")
+    spectral_pointer_floor_growth: float = _spectral(0.0, "content: growth of this floor with the logarithm of the past beyond "
+                                                          "SPECTRAL_L_TRAIN; 1: log-odds stay what they are there",
+                                                     low=0, high=1)
     spectral_pointer_asking: int = _spectral(16, "content: tokens of a block that search, at most; in training all do",
                                              low=16, high=BLOCK)
     spectral_pointer_sharpen: float = _spectral(0.0, "content: power of the length scale's growth beyond SPECTRAL_L_TRAIN "
@@ -408,7 +411,8 @@ class Config:
     def content_shape(self) -> ContentShape:
         return ContentShape(self.spectral_pointer_heads, self.head_dim, self.model_dim, self.spectral_landmark_dim,
                             self.spectral_pointer_asking, self.spectral_pointer_far_blocks,
-                            -math.inf if self.pooled else self.spectral_pointer_floor,
+                            -math.inf if self.pooled else self.spectral_pointer_floor, self.spectral_pointer_floor_growth,
+                            max(1, (self.spectral_l_train or self.train_seq_len) // BLOCK),
                             readers=self.spectral_pointer_readers, pooled=self.pooled, copying=self.copying)
 
     def spectral_layer_ids(self) -> set[int]:

@@ -44,6 +44,8 @@ class ContentShape:
     asking: int = 16  # tokens of a block that search, at most; in training all do
     far_blocks: int = 16  # W, blocks that a query block may claim
     floor: float = 2.0  # log-odds, over those of an average block of the past, below which nothing is claimed
+    floor_growth: float = 0.0  # by which it grows with the logarithm of the past beyond `trained_blocks`
+    trained_blocks: int = 1
     rows: int = 128  # S
     readers: int = 0  # heads that read the claims, the first of the layer; 0: the pointer heads alone do
     copying: bool = False  # the pointer heads' findings are said: `read_codes` and `say`
@@ -166,7 +168,7 @@ class ContentPointers(nn.Module):
             asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory, s.ask_pacing)
         found = search(marks.p_BTPr, marks.l_BTPr, asking, documents, state.local_blocks, state.global_blocks)
         last_N = None if s.pooled else far_end(documents, state.local_blocks)
-        floor_N = odds_floor(documents, s.floor)
+        floor_N = odds_floor(documents, s.floor, s.floor_growth, s.trained_blocks)
         claims, refused = admit(found, asking, s.far_blocks, s.target, s.claim_pacing, s.memory, floor_N, last_N)
         num, refused = (torch.where(state.radius < 0, 0, x) for x in (claims.num_BHN, refused))
         claims = Claims(num, claims.block_BHNW, claims.time_BHNW)

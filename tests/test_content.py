@@ -12,7 +12,7 @@ import scoped_medium as S
 from model.attention import BLOCK, BlockLists, Documents, pointer_attention
 from model.content import LEAST_PAST, LOSSES, TAPS, ContentPointers, ContentShape, Pointing, content_stats, token_codes
 from model.head import FP8_W_SCALE, quantise_w
-from model.selection import Claims
+from model.selection import Claims, odds_floor
 
 pytestmark = pytest.mark.usefixtures("one_thread_on_cpu")
 COPIES = dict(CONTENT, SPECTRAL_POINTER_COPY=1)
@@ -90,6 +90,22 @@ def test_pooled_keys_know_no_floor():
     pooled = dict(SPECTRAL_POINTER_SOURCE="pooled", SPECTRAL_POINTER_FLOOR=2)
     assert config_for(**CONTENT | pooled).content_shape().floor == -math.inf
     assert config_for(**CONTENT | dict(SPECTRAL_POINTER_FLOOR=2)).content_shape().floor == 2
+
+
+def test_the_floor_grows_beyond_the_trained_length():
+    """With the logarithm of the past of its document, from the trained blocks on."""
+    tokens = documents_of(16 * BLOCK, 3, mean_length=5 * BLOCK)
+    documents, config = Documents.of(tokens, DELIMITER), config_for(**CONTENT, SPECTRAL_L_TRAIN=3 * BLOCK,
+                                                                    SPECTRAL_POINTER_FLOOR_GROWTH=0.25)
+    shape = replace(config.content_shape(), floor=1.5)
+    assert shape.floor_growth == 0.25 and shape.trained_blocks == 3
+    floors, beyond = odds_floor(documents, shape.floor, shape.floor_growth, shape.trained_blocks).tolist(), 0
+    for n, start in enumerate(documents.start_block_N.tolist()):
+        past = max(1, n - start)
+        assert floors[n] == pytest.approx(1.5 - math.log(past) + (0.25 * math.log(past / 3) if past > 3 else 0), abs=1e-5)
+        beyond += past > 3
+    assert 2 < beyond < 14
+    assert odds_floor(documents, 1.5).tolist() == odds_floor(documents, 1.5, 0, 3).tolist()
 
 
 def test_losses_against_loops():
