@@ -199,7 +199,7 @@ class Config:
     spectral_pointer_asking: int = _spectral(16, "content: tokens of a block that search, at most; in training all do",
                                              low=16, high=BLOCK)
     spectral_pointer_sharpen: float = _spectral(0.0, "content: power of the length scale's growth beyond SPECTRAL_L_TRAIN "
-                                                     "tokens by which logits of heads that search grow; 0: they do not", low=0)
+                                                     "tokens by which logits grow where copies are read; 0: they do not", low=0)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
     spectral_pointer_copy: bool = _spectral(True, "content: heads that search read, beside values, which tokens stand there, "
                                                  "and the output head says them, however rarely training does")
@@ -644,9 +644,6 @@ class Attention(nn.Module):
             lists = pointer_lists(prediction.delta_BHTM, documents, context.pointers, config.list_shape)
         if self.content is not None:
             q, k, lists, pointing = self.point(x, q, k, lists if offsets else None, rotary, context, long_window)
-            if config.spectral_pointer_sharpen:
-                growth_T = length_scale(documents, config.spectral_l_train).clamp(min=1)
-                q = self.content.sharpen(q, growth_T**config.spectral_pointer_sharpen)
         else:
             q, k = rotary(q), rotary(k)
         if self.dense and config.spectral_length_scale:
@@ -662,7 +659,10 @@ class Attention(nn.Module):
         v = lambdas[0] * v if ve is None else lambdas[0] * v + lambdas[1] * ve.view_as(v)
         copies = self.content is not None and codes_TD is not None
         if copies:
-            q, k, v, lists, bias = self.content.read_codes(q, k, v, codes_TD, lists, bias)
+            sharpness_T = None
+            if config.spectral_pointer_sharpen:
+                sharpness_T = length_scale(documents, config.spectral_l_train).clamp(min=1) ** config.spectral_pointer_sharpen
+            q, k, v, lists, bias = self.content.read_codes(q, k, v, codes_TD, lists, bias, sharpness_T)
         y, _ = pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), lists, documents, scale=ATTENTION_SCALE,
                                  backend=self.backend, bias=bias)
         y, found_BTPD = y.transpose(1, 2), None

@@ -188,20 +188,19 @@ class ContentPointers(nn.Module):
         claims = torch.zeros(*time_BHNW.shape[:3], BLOCK + 1, device=time_BHNW.device).scatter(-1, time_BHNW.long(), 1)
         return (log_odds_BHNR.sigmoid().square() * (0.25 + 0.75 * claims[..., :BLOCK])).flatten(2)
 
-    def sharpen(self, q_BTHD: Tensor, factor_T: Tensor) -> Tensor:
-        """Multiply the pointer heads' queries, landmarks folded in."""
+    def read_codes(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, codes_TD: Tensor, lists: BlockLists, bias,
+                   sharpness_T: Tensor | None = None):
+        """(q, k, v, lists, bias) of H + P heads: the pointer heads once more, on the tokens' codes instead of values. Their
+        queries, landmarks folded in, are multiplied by `sharpness_T`."""
         P = self.shape.heads
-        return torch.cat([q_BTHD[:, :, :P] * factor_T[:, None, None].type_as(q_BTHD), q_BTHD[:, :, P:]], 2)
-
-    def read_codes(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, codes_TD: Tensor, lists: BlockLists, bias):
-        """(q, k, v, lists, bias) of H + P heads: the pointer heads once more, their weights now on the tokens' codes instead of
-        values."""
-        P = self.shape.heads
-        codes_BTPD = codes_TD[None, :, None].expand(len(q_BTHD), -1, P, -1)
+        codes_BTPD, again_BTPD = codes_TD[None, :, None].expand(len(q_BTHD), -1, P, -1), q_BTHD[:, :, :P]
+        if sharpness_T is not None:
+            again_BTPD = again_BTPD * sharpness_T[:, None, None].type_as(q_BTHD)
         lists = BlockLists(*(torch.cat([x, x[:, :P]], 1) for x in lists[:3]), readers=lists.readers)
         if bias is not None:
             bias = type(bias)(*(torch.cat([x, x[:, :P]], 1) for x in bias[:-1]), bias[-1])
-        return (*(torch.cat([x, x[:, :, :P]], 2) for x in (q_BTHD, k_BTHD)), torch.cat([v_BTHD, codes_BTPD], 2), lists, bias)
+        q, k, v = (torch.cat(x, 2) for x in ((q_BTHD, again_BTPD), (k_BTHD, k_BTHD[:, :, :P]), (v_BTHD, codes_BTPD)))
+        return q, k, v, lists, bias
 
     def say(self, x_TC: Tensor, found_TPD: Tensor) -> Tensor:
         """[T, D]; its product with a token's code is the token's share of the attention, times a gate of the final stream's,

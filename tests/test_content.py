@@ -277,32 +277,6 @@ def test_windows_held_in_vain_are_warned_of_once():
     assert S.held_in_vain(config_for(**CONTENT, SCOPE_LOG_EVERY=200), S.Schedule(config, 199, total), idle) is None
 
 
-def test_heads_that_search_are_sharper_beyond_the_trained_length():
-    """By a power of the length scale's growth since then, and nobody else."""
-    tokens = documents_of(T, 3, mean_length=400)
-    plain, sharp = (model_for(**CONTENT, SPECTRAL_L_TRAIN=200, SPECTRAL_POINTER_SHARPEN=power) for power in (0, 3))
-    seen, sharpen = [], ContentPointers.sharpen
-
-    def noted(module, q, factor):
-        seen.append((q, factor, sharpen(module, q, factor)))
-        return seen[-1][-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ContentPointers, "sharpen", noted)
-        a, b = logits_of(plain, tokens), logits_of(sharp, tokens)
-    assert len(seen) == 4
-    q, factor, sharper = seen[0]
-    assert torch.equal(sharper[:, :, 1:], q[:, :, 1:]) and sharper.shape == q.shape
-    torch.testing.assert_close(sharper[:, :, 0], q[:, :, 0] * factor[:, None], rtol=0, atol=0)
-    start = 0
-    for t in range(T):
-        start = t if tokens[t] == DELIMITER else start
-        growth = math.sqrt((2 * math.log((t - start) / 10 + 1) + 1) / (2 * math.log(200 / 10 + 1) + 1))
-        assert factor[t].item() == pytest.approx(max(1, growth) ** 3, rel=1e-4)
-    moved, beyond = (a != b).any(-1), factor > 1
-    assert not moved[~beyond].any() and moved[beyond].float().mean() > 0.9 and 100 < beyond.sum() < T - 300
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Copies
 
@@ -331,6 +305,34 @@ def test_codes_are_read_with_the_weights_of_the_pointer_heads():
         expected = attend(q[:, :, h : h + 1], k[:, :, h : h + 1], codes[None, :, None], alone)
         torch.testing.assert_close(y[:, :, 3 + h : 4 + h], expected, rtol=0, atol=1e-12)
         assert (expected[0, 5 * BLOCK + 69] - expected[0, 5 * BLOCK + 70]).abs().max() > 0.1
+
+
+def test_codes_are_read_more_sharply_beyond_the_trained_length():
+    """By a power of the length scale's growth since then; values are read as they were."""
+    tokens = documents_of(T, 3, mean_length=400)
+    plain, sharp = (model_for(**COPIES, SPECTRAL_L_TRAIN=200, SPECTRAL_POINTER_SHARPEN=power) for power in (0, 3))
+    seen, read_codes = [], ContentPointers.read_codes
+
+    def noted(module, q, k, v, *rest):
+        seen.append((q, k, *(found := read_codes(module, q, k, v, *rest))))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ContentPointers, "read_codes", noted)
+        a, b = logits_of(plain, tokens), logits_of(sharp, tokens)
+    assert len(seen) == 2 * 4
+    start, factor = 0, torch.ones(T)
+    for t in range(T):
+        start = t if tokens[t] == DELIMITER else start
+        growth = math.sqrt((2 * math.log((t - start) / 10 + 1) + 1) / (2 * math.log(200 / 10 + 1) + 1))
+        factor[t] = max(1, growth) ** 3
+    for i, (q, k, found_q, found_k, *_) in enumerate(seen):
+        heads = q.size(2)
+        assert torch.equal(found_q[:, :, :heads], q) and torch.equal(found_k, torch.cat([k, k[:, :, :1]], 2))
+        expected = q[:, :, 0] * (factor[:, None] if i >= 4 else 1)
+        torch.testing.assert_close(found_q[:, :, heads], expected, rtol=1e-4, atol=1e-6)
+    moved, beyond = (a != b).any(-1), factor > 1
+    assert not moved[~beyond].any() and moved[beyond].float().mean() > 0.9 and 100 < beyond.sum() < T - 300
 
 
 def test_what_is_said_against_loops():
