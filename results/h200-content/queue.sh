@@ -4,9 +4,10 @@
 #     DATA=/data LOGS=/runs SECONDS_LEFT=1680 GPU=0 MIX=0.08 PASSAGES=0.25 HOLD=0 bash results/h200-content/queue.sh \
 #       'train copies_0 0 $COPIES; SPECTRAL_POINTER_FLOOR=3 evaluate copies_0'
 #
-# train NAME SEED SETTINGS..., score NAME OUT TEXT ARGUMENTS..., evaluate NAME. Settings before a scoring are the evaluation's.
-# DATA: the shards books_pep_train_*, gutenberg_train_*, books_val_000000, books_test_1m_gibbon. What SECONDS_LEFT does not cover
-# is cut off.
+# train NAME SEED SETTINGS..., score NAME OUT TEXT ARGUMENTS..., evaluate NAME [SUFFIX [PARTS]]. Settings before a scoring are
+# the evaluation's.
+# DATA: the shards books_pep_train_*, gutenberg_train_*, books_val_000000, books_test_1m_*. What SECONDS_LEFT does not cover is
+# cut off.
 set -u
 START=$(date +%s)
 export CUDA_VISIBLE_DEVICES=$GPU
@@ -46,13 +47,20 @@ score() { # NAME OUT TEXT ARGUMENTS...
   say "$name $out $?"
 }
 
-evaluate() { # NAME
-  score "$1" m "$MILLION" --tasks single --lengths 1048576 --samples 100 &
-  score "$1" r "$BOOKS" --tasks single --lengths 16384 --samples 600
-  score "$1" s "$BOOKS" --tasks single --lengths 131072 --samples 200
-  score "$1" t "$BOOKS" --tasks multikey,tracking --lengths 131072 --samples 200
-  # shellcheck disable=SC2086
-  score "$1" gain "$BOOKS" $GAIN
+evaluate() { # NAME [SUFFIX [PARTS]]
+  local name=$1 as=${2:-} part
+  for part in ${3:-m r s t gain}; do
+    case $part in
+      m) score "$name" "m$as" "$MILLION" --tasks single --lengths 1048576 --samples 100 & ;;
+      r) score "$name" "r$as" "$BOOKS" --tasks single --lengths 16384 --samples 600 ;;
+      s) score "$name" "s$as" "$BOOKS" --tasks single --lengths 131072 --samples 200 ;;
+      t) score "$name" "t$as" "$BOOKS" --tasks multikey,tracking --lengths 131072 --samples 200 ;;
+      # shellcheck disable=SC2086
+      gain) score "$name" "gain$as" "$BOOKS" $GAIN ;;
+      far) score "$name" "far$as" "$DATA/books_test_1m_*.bin" --tasks gain --lengths 1048576 --samples 24 \
+        --contexts 4096,16384,262144,1044480 ;;
+    esac
+  done
   wait
 }
 
