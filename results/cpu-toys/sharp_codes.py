@@ -12,43 +12,25 @@ import time
 
 import mix_shares as toy
 import numpy as np
+import sharpness
 import torch
 import torch.nn.functional as F
-from sharpness import WINDOW, scored
-from tied_head import common_text, rotated
+from tied_head import common_text
 
 FACTORS = ((1, 1), (1, 1.3), (1, 1.6), (1, 2), (1, 3), (1.6, 1), (1.6, 1.6))  # of values, codes
 sharp_values = sharp_codes = 1.0
 
 
-def forward(self, x, ve, codes):
-    B, T, C = x.shape
-    q, k, v = F.linear(x, self.qkv_w).view(B, T, 3, toy.H, toy.D).unbind(2)
-    if self.copies:
-
-        def mixed(x, w):
-            head = sum(F.pad(x[:, :, 0], (0, 0, lag, 0))[:, :T] * w[lag] for lag in range(toy.TAPS))
-            return torch.cat([head[:, :, None], x[:, :, 1:]], 2)
-
-        q, k = mixed(q, self.taps[0]), mixed(k, self.taps[1])
-    v = self.lambdas[0] * v if ve is None else self.lambdas[0] * v + self.lambdas[1] * ve.view_as(v)
-    q, k, v = (x.transpose(1, 2) for x in (rotated(q), rotated(k), v))
-    age = torch.arange(T)[:, None] - torch.arange(T)
-    near = (age >= 0) & (age < WINDOW)
-    if not self.copies:
-        y = F.scaled_dot_product_attention(q, k, v, near, scale=0.35)
-        return F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_w), None
-    learnt = self.log_sharpness.exp() if hasattr(self, "log_sharpness") else 1.0
-    far = F.scaled_dot_product_attention(sharp_values * q[:, :1], k[:, :1], v[:, :1], is_causal=True, scale=0.35)
-    again = sharp_codes * learnt * q[:, :1]
-    found = F.scaled_dot_product_attention(again, k[:, :1], codes[:, None], is_causal=True, scale=0.35)
-    rest = F.scaled_dot_product_attention(q[:, 1:], k[:, 1:], v[:, 1:], near, scale=0.35)
-    return F.linear(torch.cat([far, rest], 1).transpose(1, 2).reshape(B, T, C), self.out_w), found[:, 0]
+def copied(layer, q, k, v, codes):
+    """As sharpness.copied, but with logits of their own for values and codes."""
+    learnt = layer.log_sharpness.exp() if hasattr(layer, "log_sharpness") else 1.0
+    far = F.scaled_dot_product_attention(sharp_values * q, k, v, is_causal=True, scale=0.35)
+    return far, F.scaled_dot_product_attention(sharp_codes * learnt * q, k, codes, is_causal=True, scale=0.35)
 
 
 def main(shard, learned, seed):
     global sharp_values, sharp_codes
-    toy.Attention.forward = forward
+    sharpness.copied, toy.Attention.forward = copied, sharpness.forward
     text = common_text(shard)
     train, held_out = text[:-400_000], text[-400_000:]
     torch.manual_seed(int(seed))
@@ -67,18 +49,11 @@ def main(shard, learned, seed):
         for o in optimizers:
             o.step()
         model.zero_grad()
-    for length, number in ((256, 256), (4096, 12)):
-        held = np.random.RandomState(99)
-        plain = [scored(held, held_out, length, False)[0] for _ in range(number)]
-        again = [scored(held, held_out, length, True) for _ in range(number)]
+    for length, plain, again in sharpness.sequences(held_out):
         for sharp_values, sharp_codes in FACTORS:
-            with torch.no_grad():
-                half = length // 2
-                loss = np.mean([F.cross_entropy(model(t[:, :-1])[0, half:], t[0, half + 1 :]).item() for t in plain])
-                hit = torch.cat([(model(t[:, :-1]).argmax(-1) == t[:, 1:])[r[:, 1:]] for t, r in again]).float().mean()
-            line = dict(learned=int(learned), seed=int(seed), length=length, values=sharp_values, codes=sharp_codes,
-                        text_loss=round(float(loss), 4), statement=round(hit.item(), 4), seconds=round(time.time() - start))
-            print(json.dumps(line), flush=True)
+            line = dict(learned=int(learned), seed=int(seed), length=length, values=sharp_values, codes=sharp_codes)
+            scores = sharpness.scores(model, length, plain, again)
+            print(json.dumps(line | scores | dict(seconds=round(time.time() - start))), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,12 @@ WINDOW, FACTORS = 64, (1.0, 1.3, 1.6, 1.9)
 sharpness = 1.0
 
 
+def copied(layer, q, k, v, codes):
+    """What the head that sees all of the past reads of values and of codes, [B, 1, T, D] each."""
+    both = F.scaled_dot_product_attention(sharpness * q, k, torch.cat([v, codes], -1), is_causal=True, scale=0.35)
+    return both[..., : toy.D], both[..., toy.D :]
+
+
 def forward(self, x, ve, codes):
     B, T, C = x.shape
     q, k, v = F.linear(x, self.qkv_w).view(B, T, 3, toy.H, toy.D).unbind(2)
@@ -40,11 +46,10 @@ def forward(self, x, ve, codes):
     if not self.copies:
         y = F.scaled_dot_product_attention(q, k, v, near, scale=0.35)
         return F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_w), None
-    far = F.scaled_dot_product_attention(sharpness * q[:, :1], k[:, :1], torch.cat([v[:, :1], codes[:, None]], -1),
-                                         is_causal=True, scale=0.35)
+    far, found = copied(self, q[:, :1], k[:, :1], v[:, :1], codes[:, None])
     rest = F.scaled_dot_product_attention(q[:, 1:], k[:, 1:], v[:, 1:], near, scale=0.35)
-    y = torch.cat([far[..., : toy.D], rest], 1)
-    return F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_w), far[:, 0, :, toy.D :]
+    y = torch.cat([far, rest], 1)
+    return F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_w), found[:, 0]
 
 
 def scored(rng, text, length, statements):
@@ -61,6 +66,22 @@ def scored(rng, text, length, statements):
         tokens[at : at + 10] = tokens[source : source + 10] = piece
         role[at + 3 : at + 9] = True
     return torch.from_numpy(tokens)[None], torch.from_numpy(role)[None]
+
+
+def sequences(text):
+    """(length, sequences with nothing overwritten, sequences with statements and their roles) for each length scored."""
+    for length, number in ((256, 256), (4096, 12)):
+        held = np.random.RandomState(99)
+        plain = [scored(held, text, length, False)[0] for _ in range(number)]
+        yield length, plain, [scored(held, text, length, True) for _ in range(number)]
+
+
+@torch.no_grad()
+def scores(model, length, plain, again):
+    half = length // 2
+    loss = np.mean([F.cross_entropy(model(t[:, :-1])[0, half:], t[0, half + 1 :]).item() for t in plain])
+    hit = torch.cat([(model(t[:, :-1]).argmax(-1) == t[:, 1:])[r[:, 1:]] for t, r in again]).float().mean()
+    return dict(text_loss=round(float(loss), 4), statement=round(hit.item(), 4))
 
 
 def main(shard, stretched, seed):
@@ -82,18 +103,10 @@ def main(shard, stretched, seed):
         for o in optimizers:
             o.step()
         model.zero_grad()
-    for length, number in ((256, 256), (4096, 12)):
-        held = np.random.RandomState(99)
-        plain = [scored(held, held_out, length, False)[0] for _ in range(number)]
-        again = [scored(held, held_out, length, True) for _ in range(number)]
+    for length, plain, again in sequences(held_out):
         for sharpness in FACTORS:
-            with torch.no_grad():
-                half = length // 2
-                loss = np.mean([F.cross_entropy(model(t[:, :-1])[0, half:], t[0, half + 1 :]).item() for t in plain])
-                hit = torch.cat([(model(t[:, :-1]).argmax(-1) == t[:, 1:])[r[:, 1:]] for t, r in again]).float().mean()
-            line = dict(stretched=int(stretched), seed=int(seed), length=length, factor=sharpness,
-                        text_loss=round(float(loss), 4), statement=round(hit.item(), 4), seconds=round(time.time() - start))
-            print(json.dumps(line), flush=True)
+            line = dict(stretched=int(stretched), seed=int(seed), length=length, factor=sharpness)
+            print(json.dumps(line | scores(model, length, plain, again) | dict(seconds=round(time.time() - start))), flush=True)
 
 
 if __name__ == "__main__":
