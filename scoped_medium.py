@@ -366,6 +366,9 @@ class Config:
             problems.append(f"SPECTRAL_POINTER_HEADS={self.spectral_pointer_heads} exceeds NUM_HEADS={self.num_heads}")
         if self.spectral_pointer_readers > self.num_heads:
             problems.append(f"SPECTRAL_POINTER_READERS={self.spectral_pointer_readers} exceeds NUM_HEADS={self.num_heads}")
+        if self.spectral_pointer_sharpen and not self.copying:
+            problems.append(f"SPECTRAL_POINTER_SHARPEN={self.spectral_pointer_sharpen:g} sharpens copies: it needs "
+                            f"SPECTRAL_POINTER_COPY=1 and landmarks (not pooled)")
         if self.pooled and self.head_dim // 2 not in POINTER_DIMS:
             problems.append(f"SPECTRAL_POINTER_SOURCE=pooled knows HEAD_DIM {', '.join(str(2 * d) for d in POINTER_DIMS)}, not "
                             f"{self.head_dim}")

@@ -44,8 +44,8 @@ class ContentShape:
     asking: int = 16  # tokens of a block that search, at most; in training all do
     far_blocks: int = 16  # W, blocks that a query block may claim
     floor: float = 2.0  # log-odds, over those of an average block of the past, below which nothing is claimed
-    floor_growth: float = 0.0  # by which it grows with the logarithm of the past beyond `trained_blocks`
-    trained_blocks: int = 1
+    floor_growth: float = 0.0  # of the floor, with the logarithm of the past beyond `trained_blocks`
+    trained_blocks: int = 1  # in the training length
     rows: int = 128  # S
     readers: int = 0  # heads that read the claims, the first of the layer; 0: the pointer heads alone do
     copying: bool = False  # the pointer heads' findings are said: `read_codes` and `say`

@@ -246,6 +246,7 @@ def test_what_points_by_itself():
     (dict(SPECTRAL_POINTER_ASKING=48), "SPECTRAL_POINTER_ASKING=48 is not a power of two"),
     (dict(SPECTRAL_POINTER_HEADS=3), "SPECTRAL_POINTER_HEADS=3 exceeds NUM_HEADS=2"),
     (dict(SPECTRAL_POINTER_READERS=3), "SPECTRAL_POINTER_READERS=3 exceeds NUM_HEADS=2"),
+    (dict(SPECTRAL_POINTER_SHARPEN=2), "SPECTRAL_POINTER_SHARPEN=2 sharpens copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_LANDMARK_DIM=32), "exceed the HEAD_DIM / 2 = 16 dimensions"),
     (dict(SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1), "SPECTRAL_LANDMARK_DIM=16 and the bias's 16 features"),
     (dict(SPECTRAL_POINTER_SOURCE="offset"), "SPECTRAL_POINTER_SOURCE=offset needs SPECTRAL_BIAS=1")])
