@@ -2,10 +2,13 @@
 
     python eval/plot_retrieval.py logs/run/retrieval                        # writes its pictures into that directory
     python eval/plot_retrieval.py logs/*/retrieval --output logs/compare    # one line a model, named by its directory
+    python eval/plot_retrieval.py logs/run/by_step/*                        # one run's checkpoints: the trend too
 
 Each as PNG and SVG: depth (exact match by length and depth, colours from 0 to 1, a panel a model), distance (exact match and
-nats against distance, a column a length), tasks (exact match by length), gain (what more context is worth). Bands and bars are
-95 % intervals, a dashed vertical line is the training length. What no directory holds is left out.
+nats against distance, a column a length), tasks (exact match by length), gain (what more context is worth), trend (exact match
+against the tokens trained on, where directories beside each other were trained on different numbers of them: a line for those
+of one parent, a band from their worst cell to their best). Else bands and bars are 95 % intervals, and a dashed vertical line
+is the training length. What no directory holds is left out.
 """
 
 import argparse
@@ -22,14 +25,15 @@ OTHER_TASKS = ("multikey", "multivalue", "tracking", "mqar", "dense")
 
 
 def read_summary(directory: Path) -> list[dict]:
-    """Rows of a summary.csv: text stays text, empty cells are None, all else numbers."""
+    """Rows of a summary.csv: text stays text, empty cells are None, all else numbers; and each row's `series`, its parent."""
 
     def value(name, text):
         return text if name in ("task", "variant") else float(text) if text else None
 
     path = directory / "summary.csv"
     with path.open(newline="") as file:
-        rows = [{name: value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+        series = dict(series=directory.resolve().parent)
+        rows = [{name: value(name, text) for name, text in row.items()} | series for row in csv.DictReader(file)]
     if not rows:
         raise ValueError(f"{path} has no rows: let eval/retrieval.py finish first")
     return rows
@@ -235,7 +239,43 @@ def draw_gain(plt, models: dict):
     return figure
 
 
-PICTURES = {"depth": draw_depth, "distance": draw_distance, "tasks": draw_tasks, "gain": draw_gain}
+def draw_trend(plt, models: dict):
+    """A panel a task and length."""
+    cells = {}  # (task, length) -> series -> tokens trained on -> exact matches
+    for row in (row for rows in models.values() for row in rows if row["task"] in ("single", *OTHER_TASKS)):
+        series = cells.setdefault((row["task"], row["length"]), {}).setdefault(row["series"], {})
+        series.setdefault(row.get("tokens_seen"), []).append(row["exact_match"])  # None: a file from before it was kept
+    trends = {}
+    for panel, by_series in cells.items():
+        lines = {parent: points for parent, points in by_series.items() if len(points) > 1 and None not in points}
+        trends |= {panel: lines} if lines else {}
+    if not trends:
+        return None
+    colours = {parent: n for n, parent in enumerate(dict.fromkeys(p for lines in trends.values() for p in lines))}
+    across = min(4, len(trends))
+    down = -(-len(trends) // across)
+    figure, axes = plt.subplots(down, across, figsize=(max(PANEL * across, 5.5), 2.9 * down + 0.5), layout="constrained",
+                                sharey=True, squeeze=False)
+    for panel, ((task, length), lines) in zip(axes.flat, trends.items(), strict=False):
+        for parent, points in lines.items():
+            x, looks = sorted(points), style(colours[parent])
+            panel.plot(x, [sum(points[t]) / len(points[t]) for t in x], label=parent.name, **looks)
+            panel.fill_between(x, [min(points[t]) for t in x], [max(points[t]) for t in x], alpha=0.2, linewidth=0,
+                               color=looks["color"])
+        panel.set_xscale("log")
+        x = sorted({t for points in lines.values() for t in points})
+        panel.set_xticks(x, [f"{t / 1e9:.3g}B" if t >= 1e9 else f"{t / 1e6:.3g}M" for t in x], fontsize=8, rotation=45)
+        panel.minorticks_off()
+        finish(panel, title=f"{task}, {tokens(length)} tokens", xlabel="tokens trained on", ylim=(-0.03, 1.03))
+    for panel in axes.flat[len(trends) :]:
+        panel.set_visible(False)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("exact match, worst to best cell")
+    legend(figure, axes.flat[: len(trends)])
+    return figure
+
+
+PICTURES = {"depth": draw_depth, "distance": draw_distance, "tasks": draw_tasks, "gain": draw_gain, "trend": draw_trend}
 
 
 def names(directories: list[Path]) -> list[str]:

@@ -64,8 +64,7 @@ MAX_DRAWS = 1000  # attempts at keys that the text does not hold already
 RANK_TIMEOUT = 7200  # seconds that a process waits for the others, which may have a million-token sample more to do
 COLUMNS = ("task", "variant", "length", "low", "high", "n", "contexts", "texts", "stitched", "exact_match", "exact_match_low",
            "exact_match_high", "first_token_accuracy", "token_accuracy", "nats", "retrieval_gain", "retrieval_gain_n", "chance",
-           "needle_read",
-           "context_gain", "context_gain_se", "train_length")
+           "needle_read", "context_gain", "context_gain_se", "train_length", "tokens_seen")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked
@@ -572,7 +571,7 @@ def gain_row(cell: Cell, records: list[dict], base: dict) -> dict:
                                nats=statistics.fmean(r["nats"][0] for r in records), context_gain=mean, context_gain_se=error)
 
 
-def summarise(records: list[dict], blind: float, base_context: int, train_length: int) -> list[dict]:
+def summarise(records: list[dict], blind: float, base_context: int, train_length: int, tokens_seen: int) -> list[dict]:
     """Rows of summary.csv, in a fixed order: one a cell, and one more where several questions end a context."""
     by_cell = defaultdict(dict)
     for r in records:
@@ -587,7 +586,7 @@ def summarise(records: list[dict], blind: float, base_context: int, train_length
             rows.append(retrieval_row(cell, mine, blind))
             if cell.task in PAIRS:
                 rows.append(retrieval_row(cell, mine, blind, first=True))
-    return [row | dict(train_length=train_length) for row in rows if row]
+    return [row | dict(train_length=train_length, tokens_seen=tokens_seen) for row in rows if row]
 
 
 def csv_text(rows: list[dict]) -> str:
@@ -721,7 +720,7 @@ def evaluate(checkpoint: str, text: str, out: Path, settings: Settings) -> None:
     if rank == 0:
         records = read_samples(samples)
         blind = chance_level(len(library.value_ids), settings.value_length)["exact_match"]
-        rows = summarise(records, blind, settings.base_context, run["train_length"])
+        rows = summarise(records, blind, settings.base_context, run["train_length"], run["tokens_seen"])
         write_atomically(out / "summary.csv", lambda file: file.write(csv_text(rows).encode()))
         stitched = sorted({r["length"] for r in records if r["stitched"]})
         write_run(run | dict(status="complete", stitched=stitched, wall_seconds=seconds_before + time.perf_counter() - started))

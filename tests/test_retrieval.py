@@ -190,9 +190,9 @@ def positions(pattern, tokens):
     return [i for i in range(len(tokens) - len(pattern) + 1) if tuple(tokens[i : i + len(pattern)]) == tuple(pattern)]
 
 
-def rows_of(score, library, chosen, samples):
+def rows_of(score, library, chosen, samples, tokens_seen=1000):
     records = [R.evaluate_sample(score, library, cell, index) for cell in chosen for index in range(samples)]
-    return R.summarise(json.loads(json.dumps(records)), 1e-4, library.settings.base_context, 512)
+    return R.summarise(json.loads(json.dumps(records)), 1e-4, library.settings.base_context, 512, tokens_seen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def test_context_gain_and_its_error(library):
         return np.full(last, 3 + level - 0.1 * (1 + level) * math.log2(context / 512)), tokens_T[-last:], None
 
     records = [R.evaluate_sample(score, library, cell, index) for cell in chosen for index in range(12)]
-    rows = {row["variant"]: row for row in R.summarise(records, 1e-4, 512, 512)}
+    rows = {row["variant"]: row for row in R.summarise(records, 1e-4, 512, 512, 1000)}
     for variant, row in rows.items():
         log = math.log2(int(variant.split()[1]) / 512)
         mine = [r for r in records if r["variant"] == variant]
@@ -465,6 +465,7 @@ def test_command_writes_samples_summary_and_run(evaluated, checkpoint):
     assert len(set(ids)) == len(ids) and all(int(r["contexts"]) == 2 for r in rows)
     run = json.loads((evaluated / "run.json").read_text())
     assert run["status"] == "complete" and run["step"] == 3 and run["train_length"] == 512 and run["tokens_seen"] == 3072
+    assert {r["tokens_seen"] for r in rows} == {"3072"}
     assert run["retrieval_mix"] == 0 and run["dtype"] == "float32" and run["device"] == "cpu" and run["wall_seconds"] > 0
     assert run["checkpoint_sha256"] == R.file_hash(checkpoint) and run["arguments"]["lengths"] == [640, 1024]
     assert run["stitched"] == [] and re.fullmatch(r"[0-9a-f]{40}(-dirty)?", run["commit"] or "0" * 40)
@@ -630,6 +631,35 @@ def test_pictures_from_the_summary_alone(tmp_path, library):
         f"retrieval_{kind}.{suffix}" for kind in ("depth", "distance", "tasks", "gain") for suffix in ("png", "svg"))
     for path in (tmp_path / "pictures").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and "seeing" in path.with_suffix(".svg").read_text()
+
+
+def test_the_trend_has_a_line_for_directories_beside_each_other(tmp_path, library):
+    """Exact match against tokens trained on: the mean over a task's cells of one length, and the worst and the best of them."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from eval import plot_retrieval
+
+    scores = {"run/first": (blind, 1000), "run/second": (oracle(library), 3000), "other/late": (blind, 9000)}
+    chosen = [cell for cell in cells(library, "single", "multikey") if cell.length == 2048]
+    for name, (score, tokens_seen) in scores.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "summary.csv").write_text(R.csv_text(rows_of(score, library, chosen, 1, tokens_seen)))
+    models = {name: plot_retrieval.read_summary(tmp_path / name) for name in scores}
+    assert plot_retrieval.draw_trend(plt, {name: models[name] for name in ("run/first", "other/late")}) is None
+
+    models["run/second"][0]["exact_match"] = 0.5
+    figure = plot_retrieval.draw_trend(plt, models)
+    single, multikey = figure.axes
+    assert [len(panel.lines) for panel in figure.axes] == [1, 1] and single.lines[0].get_label() == "run"
+    assert single.get_title() == "single, 2k tokens" and multikey.get_title() == "multikey, 2k tokens"
+    bins = len(plot_retrieval.of_task(models["run/second"], "single"))
+    assert list(single.lines[0].get_xdata()) == [1000, 3000]
+    assert list(single.lines[0].get_ydata()) == pytest.approx([0, 1 - 0.5 / bins])
+    assert {y for _, y in single.collections[0].get_paths()[0].vertices} == {0, 0.5, 1}
+    assert list(multikey.lines[0].get_ydata()) == [0, 1]
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("content, part", [(None, "No such file"), (",".join(R.COLUMNS) + "\n", "no rows")])
