@@ -1,0 +1,80 @@
+"""Where far text is read by claims, does a higher floor or sharper reading of codes serve values, and text? A toy on the CPU.
+
+    python results/cpu-toys/claims.py SHARD SEED        # 1,200 steps, then lines of JSON
+
+As sharp_codes.py, but the head that copies reads its own block of 16 tokens, the three before it, and at most 8 far blocks,
+those whose best logit exceeds the log-sum of the other blocks' best by the floor - ln(number of blocks), every token for
+itself. Trained with a floor of 2 and a factor of 1 on 256 tokens, scored with other floors and factors of the codes' logits.
+"""
+
+import json
+import sys
+import time
+
+import mix_shares as toy
+import numpy as np
+import sharpness
+import torch
+import torch.nn.functional as F
+from tied_head import common_text
+
+BLOCK, LOCAL, SLOTS = 16, 4, 8
+SETTINGS = ((2, 1), (2, 1.3), (2, 1.6), (2, 2), (2.5, 1), (2.5, 1.3), (3, 1), (3, 1.3), (4, 1))  # floor, factor of codes
+floor, sharp_codes = SETTINGS[0]
+
+
+@torch.no_grad()
+def readable(logits_BHTT):
+    """bool [B, H, T, T], what every token reads; and how many blocks it claims on average."""
+    T = logits_BHTT.size(-1)
+    N, block = T // BLOCK, torch.arange(T) // BLOCK
+    best = logits_BHTT.unflatten(-1, (N, BLOCK)).amax(-1)  # -inf beyond the token
+    total = best.exp().sum(-1, keepdim=True)
+    odds = best - (total - best.exp()).clamp(min=1e-20).log()
+    far = torch.arange(N) <= (block - LOCAL)[:, None]
+    bar = floor - (block + 1.0).log()[:, None]
+    odds = odds.masked_fill(~far | (odds <= bar), float("-inf"))
+    chosen = odds.topk(min(SLOTS, N), -1)
+    claimed = torch.zeros_like(odds).scatter(-1, chosen.indices, chosen.values.isfinite().float()).bool()
+    near = (block > (block - LOCAL)[:, None]) & (torch.arange(T) <= torch.arange(T)[:, None])
+    return claimed.repeat_interleave(BLOCK, -1) | near, claimed.float().sum(-1).mean().item()
+
+
+def copied(layer, q, k, v, codes):
+    """As sharpness.copied, of what the claims let every token read."""
+    T = q.size(2)
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    logits = (0.35 * q @ k.mT).masked_fill(~causal, float("-inf"))
+    seen, layer.claims = readable(logits)
+    logits = logits.masked_fill(~seen, float("-inf"))
+    return logits.softmax(-1) @ v, (sharp_codes * logits).softmax(-1) @ codes
+
+
+def main(shard, seed):
+    global floor, sharp_codes
+    sharpness.copied, toy.Attention.forward = copied, sharpness.forward
+    text = common_text(shard)
+    train, held_out = text[:-400_000], text[-400_000:]
+    torch.manual_seed(int(seed))
+    model = toy.Model(1)
+    optimizers, start = toy.make_optimizers(model), time.time()
+    rates, rng = [g["lr"] for o in optimizers for g in o.param_groups], np.random.RandomState(int(seed) + 1)
+    for step in range(1, toy.STEPS + 1):
+        for g, rate in zip([g for o in optimizers for g in o.param_groups], rates, strict=True):
+            g["lr"] = rate * max(0.0, min(1, (1 - (step - 1) / toy.STEPS) / 0.6))
+        tokens, _ = toy.batch(rng, train, 0, 0.085)
+        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        for o in optimizers:
+            o.step()
+        model.zero_grad()
+    reading = next(m for m in model.modules() if isinstance(m, toy.Attention) and m.copies)
+    for length, plain, again in sharpness.sequences(held_out):
+        for floor, sharp_codes in SETTINGS:
+            line = dict(seed=int(seed), length=length, floor=floor, codes=sharp_codes)
+            scores = sharpness.scores(model, length, plain, again)
+            line |= scores | dict(claims=round(reading.claims, 2), seconds=round(time.time() - start))
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
