@@ -13,10 +13,8 @@ import sys
 import time
 
 import mix_shares as toy
-import numpy as np
 import sharpness
 import torch
-import torch.nn.functional as F
 from tied_head import common_text
 
 BLOCK, LOCAL, SLOTS = 16, 4, 8
@@ -60,19 +58,10 @@ def main(shard, seed):
     global floor, sharp_codes, code_blocks
     sharpness.copied, toy.Attention.forward = copied, sharpness.forward
     text = common_text(shard)
-    train, held_out = text[:-400_000], text[-400_000:]
+    held_out = text[-400_000:]
     torch.manual_seed(int(seed))
-    model = toy.Model(1)
-    optimizers, start = toy.make_optimizers(model), time.time()
-    rates, rng = [g["lr"] for o in optimizers for g in o.param_groups], np.random.RandomState(int(seed) + 1)
-    for step in range(1, toy.STEPS + 1):
-        for g, rate in zip([g for o in optimizers for g in o.param_groups], rates, strict=True):
-            g["lr"] = rate * max(0.0, min(1, (1 - (step - 1) / toy.STEPS) / 0.6))
-        tokens, _ = toy.batch(rng, train, 0, 0.085)
-        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        for o in optimizers:
-            o.step()
-        model.zero_grad()
+    model, start = toy.Model(1), time.time()
+    sharpness.train(model, toy.make_optimizers(model), text[:-400_000], seed)
     reading = next(m for m in model.modules() if isinstance(m, toy.Attention) and m.copies)
     for length, plain, again in sharpness.sequences(held_out):
         for floor, sharp_codes, code_blocks in SETTINGS:

@@ -23,24 +23,14 @@ TARGETS, CONTEXTS, NEAR, SCORED = 640, (64, 128, 256, 512, 1024), 64, 32
 def main(shard, copies, passages, statements, seed):
     toy.Attention.forward = sharpness.forward
     text = common_text(shard)
-    train, held = text[:-400_000], text[-400_000:]
+    held = text[-400_000:]
     torch.manual_seed(int(seed))
     model = toy.Model(1)
-    gates = [m.w_copy for m in model.modules() if isinstance(m, toy.Attention) and m.copies]
     optimizers = toy.make_optimizers(model)
-    rates, rng = [g["lr"] for o in optimizers for g in o.param_groups], np.random.RandomState(int(seed) + 1)
-    for step in range(1, toy.STEPS + 1):
-        for g, rate in zip([g for o in optimizers for g in o.param_groups], rates, strict=True):
-            g["lr"] = rate * max(0.0, min(1, (1 - (step - 1) / toy.STEPS) / 0.6))
-        tokens, _ = toy.batch(rng, train, float(passages), float(statements))
-        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        if not int(copies):
-            for gate in gates:
-                gate.grad.zero_()  # they stay 0: nothing is said
-        for o in optimizers:
-            o.step()
-        model.zero_grad()
-
+    for layer in model.modules():
+        if isinstance(layer, toy.Attention) and layer.copies and not int(copies):
+            layer.w_copy.requires_grad_(False)  # it stays 0: nothing is said
+    sharpness.train(model, optimizers, text[:-400_000], seed, float(passages), float(statements))
     line = dict(copies=int(copies), passages=float(passages), statements=float(statements), seed=int(seed))
     ends = np.linspace(2000, len(held) - SCORED - 8, TARGETS).astype(int)
     for context in CONTEXTS:

@@ -11,7 +11,6 @@ import sys
 import time
 
 import mix_shares as toy
-import numpy as np
 import sharpness
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ def main(shard, learned, seed):
     global sharp_values, sharp_codes
     sharpness.copied, toy.Attention.forward = copied, sharpness.forward
     text = common_text(shard)
-    train, held_out = text[:-400_000], text[-400_000:]
+    held_out = text[-400_000:]
     torch.manual_seed(int(seed))
     model = toy.Model(1)
     optimizers, start = toy.make_optimizers(model), time.time()
@@ -40,15 +39,7 @@ def main(shard, learned, seed):
     for layer in copying:
         layer.log_sharpness = torch.nn.Parameter(torch.zeros(()))
         optimizers.append(torch.optim.Adam([layer.log_sharpness], lr=0.01, betas=(0.8, 0.95)))
-    rates, rng = [g["lr"] for o in optimizers for g in o.param_groups], np.random.RandomState(int(seed) + 1)
-    for step in range(1, toy.STEPS + 1):
-        for g, rate in zip([g for o in optimizers for g in o.param_groups], rates, strict=True):
-            g["lr"] = rate * max(0.0, min(1, (1 - (step - 1) / toy.STEPS) / 0.6))
-        tokens, _ = toy.batch(rng, train, 0, 0.085)
-        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        for o in optimizers:
-            o.step()
-        model.zero_grad()
+    sharpness.train(model, optimizers, text[:-400_000], seed)
     for length, plain, again in sharpness.sequences(held_out):
         for sharp_values, sharp_codes in FACTORS:
             line = dict(learned=int(learned), seed=int(seed), length=length, values=sharp_values, codes=sharp_codes)

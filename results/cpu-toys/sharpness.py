@@ -76,6 +76,22 @@ def sequences(text):
         yield length, plain, [scored(held, text, length, True) for _ in range(number)]
 
 
+def train(model, optimizers, text, seed, passages=0, statements=0.085, before=None):
+    """toy.STEPS steps, the learning rates falling over the last 0.6 of them; before(step) comes first in each."""
+    rng, groups = np.random.RandomState(int(seed) + 1), [g for o in optimizers for g in o.param_groups]
+    rates = [g["lr"] for g in groups]
+    for step in range(1, toy.STEPS + 1):
+        for g, rate in zip(groups, rates, strict=True):
+            g["lr"] = rate * max(0.0, min(1, (1 - (step - 1) / toy.STEPS) / 0.6))
+        if before:
+            before(step)
+        tokens, _ = toy.batch(rng, text, passages, statements)
+        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        for o in optimizers:
+            o.step()
+        model.zero_grad()
+
+
 @torch.no_grad()
 def scores(model, length, plain, again):
     half = length // 2
@@ -88,21 +104,15 @@ def main(shard, stretched, seed):
     global sharpness
     toy.Attention.forward = forward
     text = common_text(shard)
-    train, held_out = text[:-400_000], text[-400_000:]
+    held_out = text[-400_000:]
     torch.manual_seed(int(seed))
-    model = toy.Model(1)
-    optimizers = toy.make_optimizers(model)
-    rates = [g["lr"] for o in optimizers for g in o.param_groups]
-    rng, draw, start = np.random.RandomState(int(seed) + 1), np.random.RandomState(int(seed) + 2), time.time()
-    for step in range(1, toy.STEPS + 1):
-        for g, rate in zip([g for o in optimizers for g in o.param_groups], rates, strict=True):
-            g["lr"] = rate * max(0.0, min(1, (1 - (step - 1) / toy.STEPS) / 0.6))
+    model, draw, start = toy.Model(1), np.random.RandomState(int(seed) + 2), time.time()
+
+    def stretch(step):
+        global sharpness
         sharpness = 1 + 0.9 * draw.rand() if int(stretched) and step % 2 else 1.0
-        tokens, _ = toy.batch(rng, train, 0, 0.085)
-        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        for o in optimizers:
-            o.step()
-        model.zero_grad()
+
+    train(model, toy.make_optimizers(model), text[:-400_000], seed, before=stretch)
     for length, plain, again in sequences(held_out):
         for sharpness in FACTORS:
             line = dict(stretched=int(stretched), seed=int(seed), length=length, factor=sharpness)
