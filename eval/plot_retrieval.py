@@ -75,7 +75,9 @@ def log_axis(axes, ticks: list) -> None:
 
 
 def style(number: int) -> dict:
-    return dict(color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.5)
+    """A colour and a marker; where the colours begin again, each with another marker."""
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    return dict(color=COLOURS[number % len(COLOURS)], marker=marker, markersize=4, linewidth=1.5)
 
 
 def finish(axes, **labels) -> None:
@@ -165,6 +167,17 @@ def draw_distance(plt, models: dict):
     return figure
 
 
+def grid(plt, number: int, height: float, **shared):
+    """A figure of so many panels, four a row: (figure, axes [rows, columns], the panels); the axes beyond them do not show."""
+    across = min(4, number)
+    down = -(-number // across)
+    figure, axes = plt.subplots(down, across, figsize=(max(PANEL * across, 5.5), height * down + 0.5), layout="constrained",
+                                sharey=True, squeeze=False, **shared)
+    for panel in axes.flat[number:]:
+        panel.set_visible(False)
+    return figure, axes, axes.flat[:number]
+
+
 def mark_training(axes, models: dict, longest: float) -> None:
     for trained in train_lengths(models):
         if trained <= longest:
@@ -178,11 +191,9 @@ def draw_tasks(plt, models: dict):
                                 for r in of_task(rows, task)))
     if not panels:
         return None
-    across = min(4, len(panels))
-    down = -(-len(panels) // across)
-    figure, axes = plt.subplots(down, across, figsize=(max(PANEL * across, 5.5), 2.7 * down + 0.5), layout="constrained",
-                                sharex=True, sharey=True, squeeze=False)
-    for panel, (task, variant) in zip(axes.flat, panels, strict=False):
+    figure, axes, drawn = grid(plt, len(panels), 2.7, sharex=True)
+    across = axes.shape[1]
+    for panel, (task, variant) in zip(drawn, panels, strict=True):
         chances = {}
         for number, (name, rows) in enumerate(models.items()):
             rows = sorted((r for r in rows if (r["task"], r["variant"]) == (task, variant)), key=lambda r: r["length"])
@@ -197,15 +208,13 @@ def draw_tasks(plt, models: dict):
         mark_training(panel, models, max(lengths))
         log_axis(panel, lengths)
         finish(panel, title=f"{task}: {variant}", ylim=(-0.03, 1.03))
-    for panel in axes.flat[len(panels) :]:
-        panel.set_visible(False)
-    for number, panel in enumerate(axes.flat[: len(panels)]):
+    for number, panel in enumerate(drawn):
         if number + across >= len(panels):
             panel.xaxis.set_tick_params(labelbottom=True)
             panel.set_xlabel("context length, tokens")
         if number % across == 0:
             panel.set_ylabel("exact match")
-    legend(figure, axes.flat[: len(panels)])
+    legend(figure, drawn)
     return figure
 
 
@@ -251,15 +260,14 @@ def draw_trend(plt, models: dict):
         trends |= {panel: lines} if lines else {}
     if not trends:
         return None
-    colours = {parent: n for n, parent in enumerate(dict.fromkeys(p for lines in trends.values() for p in lines))}
-    across = min(4, len(trends))
-    down = -(-len(trends) // across)
-    figure, axes = plt.subplots(down, across, figsize=(max(PANEL * across, 5.5), 2.9 * down + 0.5), layout="constrained",
-                                sharey=True, squeeze=False)
-    for panel, ((task, length), lines) in zip(axes.flat, trends.items(), strict=False):
+    parents = list(dict.fromkeys(parent for lines in trends.values() for parent in lines))
+    labels = names(parents)
+    figure, axes, drawn = grid(plt, len(trends), 2.9)
+    for panel, ((task, length), lines) in zip(drawn, trends.items(), strict=True):
         for parent, points in lines.items():
-            x, looks = sorted(points), style(colours[parent])
-            panel.plot(x, [sum(points[t]) / len(points[t]) for t in x], label=parent.name, **looks)
+            number = parents.index(parent)
+            x, looks = sorted(points), style(number)
+            panel.plot(x, [sum(points[t]) / len(points[t]) for t in x], label=labels[number], **looks)
             panel.fill_between(x, [min(points[t]) for t in x], [max(points[t]) for t in x], alpha=0.2, linewidth=0,
                                color=looks["color"])
         panel.set_xscale("log")
@@ -267,11 +275,9 @@ def draw_trend(plt, models: dict):
         panel.set_xticks(x, [f"{t / 1e9:.3g}B" if t >= 1e9 else f"{t / 1e6:.3g}M" for t in x], fontsize=8, rotation=45)
         panel.minorticks_off()
         finish(panel, title=f"{task}, {tokens(length)} tokens", xlabel="tokens trained on", ylim=(-0.03, 1.03))
-    for panel in axes.flat[len(trends) :]:
-        panel.set_visible(False)
     for panel in axes[:, 0]:
         panel.set_ylabel("exact match, worst to best cell")
-    legend(figure, axes.flat[: len(trends)])
+    legend(figure, drawn)
     return figure
 
 
@@ -283,9 +289,9 @@ def names(directories: list[Path]) -> list[str]:
     parts = [directory.resolve().parts for directory in directories]
     if len(parts) == 1:
         return [parts[0][-2] if parts[0][-1] == "retrieval" and len(parts[0]) > 2 else parts[0][-1]]
-    while len({p[-1] for p in parts}) == 1:
+    while min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
-    while len({p[0] for p in parts}) == 1:
+    while min(map(len, parts)) > 1 and len({p[0] for p in parts}) == 1:
         parts = [p[1:] for p in parts]
     return ["/".join(p) for p in parts]
 

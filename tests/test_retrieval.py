@@ -659,7 +659,27 @@ def test_the_trend_has_a_line_for_directories_beside_each_other(tmp_path, librar
     assert list(single.lines[0].get_ydata()) == pytest.approx([0, 1 - 0.5 / bins])
     assert {y for _, y in single.collections[0].get_paths()[0].vertices} == {0, 0.5, 1}
     assert list(multikey.lines[0].get_ydata()) == [0, 1]
-    plt.close(figure)
+
+    both = {}  # parents of one name are told apart by what stands before it
+    for seed in ("seed_0", "seed_1"):
+        series = dict(series=tmp_path / seed / "run")
+        both |= {f"{seed}/{name}": [row | series for row in rows] for name, rows in models.items()}
+    lines = plot_retrieval.draw_trend(plt, both).axes[0].lines
+    assert [line.get_label() for line in lines] == ["seed_0", "seed_1"]
+    plt.close("all")
+
+
+def test_no_two_models_look_alike():
+    from eval.plot_retrieval import style
+
+    assert len({(look["color"], look["marker"]) for look in map(style, range(49))}) == 49
+
+
+def test_names_of_directories_one_of_which_holds_the_other(tmp_path):
+    from eval.plot_retrieval import names
+
+    assert names([tmp_path / "run", tmp_path / "run" / "more"]) == ["run", "run/more"]
+    assert names([tmp_path / "a" / "retrieval", tmp_path / "b" / "retrieval"]) == ["a", "b"]
 
 
 @pytest.mark.parametrize("content, part", [(None, "No such file"), (",".join(R.COLUMNS) + "\n", "no rows")])
