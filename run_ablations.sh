@@ -98,6 +98,11 @@ run_arm() { # $1: A, B or C
         "${launch[@]}" "$script"
 }
 
+if (($#)); then
+    [[ $1 == --help || $1 == -h ]] || refuse "$1: everything is set by environment variables; see ./run_ablations.sh --help"
+    sed -n '2,/^set -u/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit 0
+fi
 [[ -n $python ]] || refuse "no python on PATH; set PYTHON"
 [[ -f $script ]] || refuse "$script: no such training script; set SCRIPT"
 [[ $name != */* && $name != .* ]] || refuse "ABLATION_NAME=$name: give a plain directory name"

@@ -141,7 +141,7 @@ class Config:
     head_dim: int = _model(128, "dimensions of a head, a multiple of 4", low=16)
     model_dim: int = _model(1024, "width of the residual stream", low=16)
 
-    spectral_bias: bool = _spectral(False, "spectral bias on attention logits (0: arm A)")
+    spectral_bias: bool = _spectral(False, "spectral bias on attention logits (0, and no pointer mask: arm A)")
     spectral_use_pointer_mask: bool = _spectral(False, "pointer lists in the spectral layers (arm C) instead of the "
                                                        "sliding window (arm B)")
     spectral_pointer_source: str = _spectral("auto", "what points: offsets predicted from the query, a search of the past by "

@@ -77,11 +77,11 @@ class Ablation:
         path.chmod(0o755)
         return str(path)
 
-    def start(self, **environment):
+    def start(self, *arguments, **environment):
         everything = {k: v for k, v in (self.environment | environment).items() if v is not None}
         # Signals as in a terminal, even when the tests run in the background, where bash could not trap an ignored one.
         return subprocess.Popen(
-            ["env", "--default-signal", RUNNER],
+            ["env", "--default-signal", RUNNER, *arguments],
             cwd=self.folder,
             env=everything,
             stdout=subprocess.PIPE,
@@ -90,8 +90,8 @@ class Ablation:
             start_new_session=True,
         )
 
-    def run(self, **environment):
-        process = self.start(**environment)
+    def run(self, *arguments, **environment):
+        process = self.start(*arguments, **environment)
         process.out, process.err = process.communicate(timeout=30)
         return process
 
@@ -249,6 +249,14 @@ def test_bad_usage_is_one_line_and_starts_nothing(ablation, environment, said):
     process = ablation.run(**environment)
     assert process.returncode == 2
     assert process.err.startswith("error: ") and process.err.count("\n") == 1 and said in process.err
+    assert not (ablation.folder / "my logs").exists()
+
+
+def test_arguments_start_nothing(ablation):
+    process = ablation.run("C")
+    assert process.returncode == 2 and process.err.startswith("error: C: ") and process.err.count("\n") == 1
+    usage = ablation.run("--help")
+    assert usage.returncode == 0 and usage.out.startswith("Runs the ablation arms") and "ABLATION_NAME" in usage.out
     assert not (ablation.folder / "my logs").exists()
 
 
