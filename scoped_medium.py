@@ -221,7 +221,8 @@ class Config:
     resume: str = _run("0", "0: a new run; auto: continue from the run directory's newest sound checkpoint; or a checkpoint's "
                             "path")
     resume_other_data: bool = _run(False, "resume although the training shards are not the checkpoint's")
-    load_checkpoint: str = _run("", "checkpoint whose weights to start from, or to evaluate with NUM_ITERATIONS=0")
+    load_checkpoint: str = _run("", "checkpoint whose weights to start from, unless RESUME=auto finds one of the run's own, or "
+                                "to evaluate with NUM_ITERATIONS=0")
     scope_log_every: int = _run(200, "steps between SCOPE_STATS lines; 0: none", low=0)
     log_every: int = _run(10, "steps between plain log lines", low=1)
     log_all_ranks: bool = _run(False, "one log file a rank")
@@ -301,8 +302,8 @@ class Config:
                                   f"{(self.head_dim // 4 + 1) * 4} are (half-truncated rotary embedding)")
         refuse(self.doc_delimiter >= self.vocab_size,
                f"DOC_DELIMITER={self.doc_delimiter} is outside VOCAB_SIZE={self.vocab_size}")
-        refuse(self.resume != "0" and self.load_checkpoint, "RESUME and LOAD_CHECKPOINT exclude each other: the first "
-               "continues a run, the second starts from its weights")
+        refuse(self.resume not in ("0", "auto") and self.load_checkpoint, "RESUME with a path and LOAD_CHECKPOINT exclude each "
+               "other: the first continues a run, the second starts from its weights")
         refuse(self.resume == "auto" and not self.run_name, "RESUME=auto needs RUN_NAME, to know which run to continue")
         refuse("/" in self.run_name or self.run_name in (".", ".."), f"RUN_NAME={self.run_name} is not a directory name")
         interval = self.checkpoint_every
@@ -1725,12 +1726,14 @@ class Start(NamedTuple):
 
 
 def find_start(config: Config, loaded: dict | None) -> Start | None:
-    if loaded is not None:
-        return Start(Path(config.load_checkpoint), loaded, resumed=False, warnings=[])
+    """The weights of LOAD_CHECKPOINT, `loaded`, are for a run that has no checkpoint of its own to resume from."""
     if config.resume == "auto":
         path, state, warnings = newest_readable(Path(config.log_dir) / config.run_name)
-        return path and Start(path, state, resumed=True, warnings=warnings)
-    return None if config.resume == "0" else Start(Path(config.resume), read_checkpoint(config.resume), True, [])
+        if path:
+            return Start(path, state, resumed=True, warnings=warnings)
+    elif config.resume != "0":
+        return Start(Path(config.resume), read_checkpoint(config.resume), resumed=True, warnings=[])
+    return None if loaded is None else Start(Path(config.load_checkpoint), loaded, resumed=False, warnings=[])
 
 
 def check_start(config: Config, start: Start | None, loader: TokenLoader | None) -> int:

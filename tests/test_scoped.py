@@ -605,7 +605,21 @@ def test_refusal(name, settings, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_resuming_and_loading_exclude_each_other(settings, finished):
+def test_a_run_that_started_from_loaded_weights_is_resumed_by_the_same_command(settings, logs, finished):
+    variables = settings | ARM_A | dict(RUN_NAME="again", RESUME="auto", LOAD_CHECKPOINT=finished.A / "state_step000010.pt",
+                                        NUM_ITERATIONS=2, CHECKPOINT_EVERY=1)
+    main(variables)
+    directory = logs / "again"
+    whole = losses(directory, "train_loss")
+    assert whole[1] < losses(finished.A, "train_loss")[1]  # against fresh weights
+    (directory / "state_step000002.pt").unlink()
+    (directory / "summary.json").unlink()
+    main(variables)
+    assert f"resumed from {directory / 'state_step000001.pt'}" in (directory / "log.txt").read_text()
+    assert losses(directory, "train_loss") == whole
+
+
+def test_resuming_from_a_path_and_loading_exclude_each_other(settings, finished):
     path = finished.A / "state_step000010.pt"
     assert "exclude each other" in refusal(settings | dict(RESUME=path, LOAD_CHECKPOINT=path))
 
