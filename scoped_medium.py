@@ -528,6 +528,7 @@ ATTENTION_SCALE = 0.12
 LONG_WINDOW_BLOCKS = 13.5  # the long window grows from 1 to 14 blocks
 HELD_BLOCKS = 2  # of it under SPECTRAL_WINDOW_HOLD
 IDLE_BLOCKS = 0.5  # claims of a query block below which content pointers retrieve nothing yet
+LEARNING_FRAC = 0.1  # of the steps, from the pointers' start on, after which they should
 WINDOW_SLOTS = (math.ceil(LONG_WINDOW_BLOCKS) // 2, math.ceil(LONG_WINDOW_BLOCKS))  # of the short and of the long one
 EVAL_CHUNK = 131_072  # tokens of an evaluation whose MLP activations, and whose logits, exist at once
 
@@ -1572,15 +1573,17 @@ def log_environment(run: RunDirectory, config: Config, device: torch.device) -> 
         run.log(json.dumps(scope_bins()))
 
 
-def held_in_vain(config: Config, schedule: Schedule, stats: dict) -> str | None:
-    """The warning for the first SCOPE_STATS after the windows were held, if content pointers claim next to nothing."""
-    held = config.spectral_window_hold * schedule.total
+def idle_pointers(config: Config, schedule: Schedule, stats: dict) -> str | None:
+    """The warning for the first SCOPE_STATS by which content pointers should have learnt, if they claim next to nothing."""
+    start = config.spectral_pointer_mid_frac if config.spectral_pointer_schedule else 0
+    learnt = max(config.spectral_window_hold, start + LEARNING_FRAC) * schedule.total
     claimed = max(stats.get("claimed_blocks", [IDLE_BLOCKS]))
-    if not held < schedule.step <= held + config.scope_log_every or not held or claimed >= IDLE_BLOCKS:
+    if not learnt < schedule.step <= learnt + config.scope_log_every or claimed >= IDLE_BLOCKS:
         return None
-    return (f"the windows grow from here on, and content pointers claim {claimed:.2f} blocks a query block: they seldom learn "
-            f"to once nearer text answers. Hold the windows for longer (SPECTRAL_WINDOW_HOLD={config.spectral_window_hold:g} "
-            f"is {held:.0f} steps)")
+    return (f"content pointers claim {claimed:.2f} blocks a query block after {learnt:.0f} steps, and seldom learn to once "
+            f"nearer text answers: hold the windows for longer (SPECTRAL_WINDOW_HOLD={config.spectral_window_hold:g}), raise "
+            f"RETRIEVAL_MIX={config.retrieval_mix:g}, train on longer documents, or lower "
+            f"SPECTRAL_POINTER_FLOOR={config.spectral_pointer_floor:g}")
 
 
 def train(trainer: Trainer, ahead: MixedAhead | None) -> None:
@@ -1646,7 +1649,7 @@ def train(trainer: Trainer, ahead: MixedAhead | None) -> None:
                          local_blocks=config.pointer_band, progress=schedule.progress)
             stats = scope_stats(trainer.telemetry, trainer.telemetry_documents, config.pointer_band)
             run.log(json.dumps(dict(tag="SCOPE_STATS", step=trainer.step, schedule=state, **stats)))
-            if warning := held_in_vain(config, schedule, stats):
+            if warning := idle_pointers(config, schedule, stats):
                 run.warn(warning)
         if config.rank_check_every and trainer.step % config.rank_check_every == 0:
             trainer.compare_ranks()

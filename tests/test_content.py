@@ -267,15 +267,20 @@ def test_the_worth_of_a_search():
     assert worth[[BLOCK + 3, BLOCK + 9, 2 * BLOCK - 1]].tolist() == pytest.approx([1 / 4, 9 / 64, 1.0])
 
 
-def test_windows_held_in_vain_are_warned_of_once():
-    config = config_for(**CONTENT, SPECTRAL_WINDOW_HOLD=0.25, SCOPE_LOG_EVERY=200)
+@pytest.mark.parametrize(("settings", "step"), [
+    (dict(SPECTRAL_WINDOW_HOLD=0.25), 1200),
+    ({}, 600),
+    (dict(SPECTRAL_POINTER_SCHEDULE=1, SPECTRAL_POINTER_MID_FRAC=0.2), 1400),
+])
+def test_pointers_that_claim_nothing_are_warned_of_once(settings, step):
+    """After the windows were held, or a tenth of the steps after the pointers' start."""
+    config = config_for(**CONTENT, **settings, SCOPE_LOG_EVERY=200)
     total, idle, busy = 4000, dict(claimed_blocks=[0.1, 0.4]), dict(claimed_blocks=[0.1, 0.9])
-    warned = {step: S.held_in_vain(config, S.Schedule(config, step - 1, total), idle) for step in range(200, total + 1, 200)}
-    assert [step for step, line in warned.items() if line] == [1200]
-    assert "0.40 blocks" in warned[1200] and "0.25 is 1000 steps" in warned[1200]
-    after = S.Schedule(config, 1199, total)
-    assert S.held_in_vain(config, after, busy) is None and S.held_in_vain(config, after, {}) is None
-    assert S.held_in_vain(config_for(**CONTENT, SCOPE_LOG_EVERY=200), S.Schedule(config, 199, total), idle) is None
+    warned = {at: S.idle_pointers(config, S.Schedule(config, at - 1, total), idle) for at in range(200, total + 1, 200)}
+    assert [at for at, line in warned.items() if line] == [step]
+    assert f"0.40 blocks a query block after {step - 200} steps" in warned[step]
+    after = S.Schedule(config, step - 1, total)
+    assert S.idle_pointers(config, after, busy) is None and S.idle_pointers(config, after, {}) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
