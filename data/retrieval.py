@@ -353,9 +353,13 @@ class _Draft:
         self.documents = [(a + 1, b) for a, b in itertools.pairwise(bounds) if b - a - 1 > MIN_DISTANCE]
         self.rooms = list(itertools.accumulate(end - begin - MIN_DISTANCE for begin, end in self.documents))
         self.taken = bytearray(len(tokens))  # by pieces, and by the text that passages copy
-        keys, values, words = zip(*map(self.deal, mixer.kinds), strict=True)
-        self.key_ids, self.value_ids = _Pool(keys, KEY_WORDS), _Pool(values, VALUE_WORDS)
-        self.template_ids = _Pool(words, TEMPLATE_WORDS)
+        while True:  # of few ids, a role may be dealt none but those of evaluation's classes
+            keys, values, words = zip(*map(self.deal, mixer.kinds), strict=True)
+            self.key_ids, self.value_ids = _Pool(keys, KEY_WORDS), _Pool(values, VALUE_WORDS)
+            self.template_ids = _Pool(words, TEMPLATE_WORDS)
+            if (self.apart(self.key_ids.ids(), (KEY_CLASS,)) and self.apart(self.value_ids.ids(), (VALUE_CLASS,))
+                    and self.apart(self.template_ids.ids(), (KEY_CLASS, VALUE_CLASS))):
+                break
         is_key_V = np.zeros(1 << 16, dtype=bool)
         is_key_V[self.key_ids.ids()] = True
         self.key_T = is_key_V[tokens].tobytes()
@@ -489,7 +493,7 @@ class _Draft:
 
     def words(self, pool, length, evaluated):
         """int64 [length] tokens of a pool, none twice and not all of them of the classes `evaluated`."""
-        while True:  # at least half of the ids are of other classes
+        while True:  # some of the pool's ids are of other classes
             words = self.draw(pool, length)
             if self.apart(words, evaluated):
                 return words
@@ -507,7 +511,7 @@ class _Draft:
                 if key[-1] in key[:-1] or not self.apart(key, (KEY_CLASS,)):
                     continue
             else:
-                key = self.words(self.key_ids, self.between(KEY_LENGTHS), (KEY_CLASS,))
+                key = self.words(self.key_ids, min(self.between(KEY_LENGTHS), len(self.key_ids)), (KEY_CLASS,))
             tokens = tuple(key.tolist())
             parts = {tokens[i:j] for i, j in itertools.combinations(range(len(tokens) + 1), 2) if j - i > 1}
             in_text = self.text_pairs.issuperset(itertools.pairwise(tokens))  # perhaps: all its pairs are

@@ -442,6 +442,17 @@ def test_half_of_the_values_share_a_run_with_another():
     assert forked > 0.5
 
 
+@pytest.mark.parametrize("step", [173, 345, 407])  # dealt once, keys or templates were of evaluation's classes alone
+def test_few_ids_leave_training_words_of_its_own(step):
+    few = 48
+    counts = np.where(np.arange(1 << 16) < few, 1000 - 10 * np.arange(1 << 16), 0)
+    text = np.random.RandomState(0).randint(0, few, 513).astype(np.uint16)
+    draft = Mixer(0, 0.25, 0, counts, few).draft(step, text, 0)
+    for pool, evaluated in ((draft.key_ids, {2}), (draft.value_ids, {3}), (draft.template_ids, {2, 3})):
+        assert set(token_classes(pool.ids()).tolist()) - evaluated
+    assert Mixer(0.1, 0.25, 0, counts, few).plan(step, text, 0)
+
+
 def test_documents_too_short_are_left_alone():
     text = zipf(4097, 3)
     text[::33] = GPT2  # 32 tokens between delimiters
