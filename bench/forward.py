@@ -41,7 +41,7 @@ def measure(model: scope.GPT, config: scope.Config, backend: str, length: int) -
         if attempt == WARM_UPS:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        context = scope.Schedule(config, 1, 1).context(tokens[:-1], False, backend)
+        context = scope.Schedule(config, 1_000_000, 1_000_000).context(tokens[:-1], False, backend)
         loss = forward(tokens[:-1], tokens[1:].long(), context).loss
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)

@@ -8,11 +8,15 @@ both have the step. Right: milliseconds a step.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lifecycle import parse_lines
+
 SMOOTHING = 10  # steps
+SUFFIXES = (".png", ".svg")
 
 
 def read_runs(directory: Path) -> dict[str, list[dict]]:
@@ -20,7 +24,7 @@ def read_runs(directory: Path) -> dict[str, list[dict]]:
     paths = sorted(directory.glob("*/metrics.jsonl"))
     if not paths:
         raise ValueError(f"{directory}: no run below it holds a metrics.jsonl")
-    return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
+    return {path.parent.name: parse_lines(path.read_text()) for path in paths}
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -57,8 +61,8 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
     left.legend()
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-    for suffix in (".png", ".svg"):
-        figure.savefig(output.with_suffix(suffix), dpi=120)
+    for suffix in SUFFIXES:
+        figure.savefig(f"{output}{suffix}", dpi=120)
 
 
 def main() -> None:
@@ -71,7 +75,7 @@ def main() -> None:
         draw(read_runs(args.directory), output)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{output.with_suffix('.png')} and {output.with_suffix('.svg')}")
+    print(" and ".join(f"{output}{suffix}" for suffix in SUFFIXES))
 
 
 if __name__ == "__main__":

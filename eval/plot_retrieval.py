@@ -91,6 +91,8 @@ def legend(figure, axes, columns: int = 5) -> None:
     entries = {}
     for panel in axes:
         entries |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    if not entries:
+        return
     inches = 0.6 + 0.085 * max(map(len, entries))  # a column's handle and its longest label
     columns = max(1, min(columns, len(entries), int(figure.get_figwidth() / inches)))
     figure.set_figheight(figure.get_figheight() + 0.22 * (math.ceil(len(entries) / columns) - 1))

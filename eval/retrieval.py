@@ -252,12 +252,15 @@ class Library:
         if spare < 0:
             raise ValueError(f"the held-out text has {spare + length} tokens{' in other documents' if other_than else ''}, "
                              f"{length} are needed: give --text with more, or smaller --lengths")
-        order = documents[draw.permutation(len(documents))].tolist()
+        order = documents[draw.permutation(len(documents))]
+        order = order[order[:, 2] > order[:, 1]].tolist()  # without those that are a delimiter alone
         skipped = int(draw.randint(min(spare + 1, order[0][2] - order[0][1]), dtype=np.int64))
         parts, missing = [], skipped + length
         for document in order:
             parts.append(self.take(document, document[1], min(missing, document[2] - document[1])))
             missing -= len(parts[-1])
+            if not missing:
+                break
         return np.concatenate(parts)[skipped:], self.name(order[0]), True
 
     # -- needles
@@ -619,10 +622,10 @@ def commit() -> str | None:
 
 def identity(state: dict, path, config: scope.Config, library: Library) -> dict:
     """What all samples of a directory have in common."""
-    old = state["config"]
+    old, fields = state["config"], scope.Config.__dataclass_fields__  # an older checkpoint lacks the newer settings
     overrides = {name: value for name, value in asdict(config).items()
-                 if scope.Config.__dataclass_fields__[name].metadata["group"] in ("model", "spectral") and name in old
-                 and old[name] != value}
+                 if (fields[name].metadata["group"] == "model" or name.startswith("spectral_"))
+                 and old.get(name, fields[name].default) != value}
     settings = library.settings
     text = [[p.name, shards.token_count(p), shards.fingerprint(p)] for p in library.haystack.paths]
     return dict(checkpoint_sha256=file_hash(path), overrides=overrides, text=text, seed=settings.seed,

@@ -327,6 +327,16 @@ def test_text_is_stitched_where_no_document_is_long_enough(shards, documents):
                                 for order in itertools.permutations(documents))
 
 
+def test_a_document_without_text_is_not_stitched(tmp_path, documents):
+    (tmp_path / "with").mkdir()
+    write_documents(tmp_path / "with" / "held.bin", [[], *documents, []])
+    settings = R.replace(SETTINGS, lengths=(4096,))
+    library = R.Library(find_shards(tmp_path / "with" / "held.bin"), DELIMITER, 257, settings)
+    for index in range(16):  # in some of them such a document would come first
+        text, _, stitched = library.draw_text(R.generator(index), 4096)
+        assert stitched and len(text) == 4096 and DELIMITER not in text
+
+
 def test_targets_of_the_gain_are_the_same_behind_every_context(library, documents):
     chosen = cells(library, "gain")
     assert [cell.variant for cell in chosen] == ["own 256", "own 512", "own 1024", "own 2048", "other 1024", "other 2048"]
@@ -607,6 +617,21 @@ def test_wrong_files_are_refused(tmp_path, evaluated, checkpoint, shards):
     assert "no run.json" in refusal(checkpoint, *held, tmp_path / "other", *OPTIONS, *SMALL)
 
 
+def test_whatever_changes_the_forward_makes_another_evaluation(library, checkpoint, monkeypatch):
+    """Settings that the checkpoint is too old to know, and the radius of a validation, too."""
+    state = R.read_checkpoint(checkpoint, R.WEIGHT_KEYS)
+    del state["config"]["spectral_pointer_floor"]
+
+    def overrides():
+        return R.identity(state, checkpoint, R.model_config(state, 1024), library)["overrides"]
+
+    assert overrides() == {}
+    changed = dict(spectral_pointer_floor=3.0, spectral_pointer_val_force=True, spectral_beta=0.5)
+    for name, value in changed.items():
+        monkeypatch.setenv(name.upper(), f"{value:g}")
+    assert overrides() == changed
+
+
 def test_the_environment_cannot_change_the_model(tmp_path, checkpoint, shards):
     """Told before what such a model could not do, here with a layer that it lacks."""
     line = refusal(checkpoint, "--text", shards / "held_*.bin", "--out", tmp_path / "out", *OPTIONS, *SMALL, NUM_LAYERS="2",
@@ -666,6 +691,21 @@ def test_the_trend_has_a_line_for_directories_beside_each_other(tmp_path, librar
         both |= {f"{seed}/{name}": [row | series for row in rows] for name, rows in models.items()}
     lines = plot_retrieval.draw_trend(plt, both).axes[0].lines
     assert [line.get_label() for line in lines] == ["seed_0", "seed_1"]
+    plt.close("all")
+
+
+def test_depth_is_drawn_where_the_training_length_is_not(tmp_path, library):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from eval import plot_retrieval
+
+    chosen = [cell for cell in cells(library, "depth") if cell.length == 2048]
+    (tmp_path / "summary.csv").write_text(R.csv_text(rows_of(oracle(library), library, chosen, 1)))
+    rows = [row | dict(train_length=128) for row in plot_retrieval.read_summary(tmp_path)]
+    figure = plot_retrieval.draw_depth(plt, dict(far=rows))
+    assert not figure.legends and not figure.axes[0].lines
     plt.close("all")
 
 
