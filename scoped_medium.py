@@ -193,8 +193,8 @@ class Config:
                                                    "noise (scale-invariant attention)")
     spectral_pointer_floor: float = _spectral(2.0, "content: log-odds of a block, over those of an average one of the "
                                                    "past, below which it is not read")
-    spectral_pointer_floor_growth: float = _spectral(0.0, "content: growth of this floor with the logarithm of the past beyond "
-                                                          "SPECTRAL_L_TRAIN; 1: log-odds stay what they are there",
+    spectral_pointer_floor_growth: float = _spectral(0.25, "content: growth of this floor with the logarithm of the past "
+                                                           "beyond SPECTRAL_L_TRAIN; 1: log-odds stay what they are there",
                                                      low=0, high=1)
     spectral_pointer_asking: int = _spectral(16, "content: tokens of a block that search, at most; in training all do",
                                              low=16, high=BLOCK)
@@ -664,10 +664,11 @@ class Attention(nn.Module):
         v = lambdas[0] * v if ve is None else lambdas[0] * v + lambdas[1] * ve.view_as(v)
         copies = self.content is not None and codes_TD is not None
         if copies:
-            sharpness_T = None
+            sharpness_BTP = self.content.sharpness(x)
             if config.spectral_pointer_sharpen:
-                sharpness_T = length_scale(documents, config.spectral_l_train).clamp(min=1) ** config.spectral_pointer_sharpen
-            q, k, v, lists, bias = self.content.read_codes(q, k, v, codes_TD, lists, bias, sharpness_T)
+                growth_T = length_scale(documents, config.spectral_l_train).clamp(min=1) ** config.spectral_pointer_sharpen
+                sharpness_BTP = sharpness_BTP * growth_T[:, None]
+            q, k, v, lists, bias = self.content.read_codes(q, k, v, codes_TD, lists, bias, sharpness_BTP)
         y, _ = pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), lists, documents, scale=ATTENTION_SCALE,
                                  backend=self.backend, bias=bias)
         y, found_BTPD = y.transpose(1, 2), None
