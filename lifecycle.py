@@ -356,8 +356,7 @@ class RunDirectory:
             self.log_file = LineFile(self.path / f"log_rank{self.rank}.txt")
 
     def claim(self) -> Path:
-        """Make the directory, lock it, and return it. The lock is the kernel's and goes with its owner, however that ends; the
-        file's content is for people."""
+        """Make the directory, lock it, and return it."""
         root, name = Path(self.config.log_dir), self.config.run_name
         if name:
             path = root / name
@@ -367,18 +366,10 @@ class RunDirectory:
             name = f"arm_{self.config.arm}_seed{self.config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
             path = next(p for p in (root / f"{name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
                         if make_directory(p))  # two unnamed runs may start in the same second
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(lock, 1000).decode().strip()
-            os.close(lock)
-            raise Stop(f"{path} is in use by {owner}: wait for it or stop it, or set another RUN_NAME") from None
+        lock = lock_directory(path, "set another RUN_NAME")
         if self.config.resume == "0" and (path / "config.json").exists():
             os.close(lock)
             raise Stop(f"{path} already holds a run: set RESUME=auto to continue it, or another RUN_NAME")
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self.lock = lock
         return path
 
@@ -518,6 +509,21 @@ class RunDirectory:
             if later > step:
                 path.rename(path.with_name(f"{path.name}.stale"))
                 self.log(f"{path} is later than the step resumed at: renamed to {path.name}.stale")
+
+
+def lock_directory(path: Path, remedy: str) -> int:
+    """Lock a directory for as long as the file descriptor is open. The lock is the kernel's and goes with its owner, however
+    that ends; the file's content is for people. Stop, with the remedy, where another process has it."""
+    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(lock, 1000).decode().strip()
+        os.close(lock)
+        raise Stop(f"{path} is in use by {owner}: wait for it or stop it, or {remedy}") from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return lock
 
 
 def make_directory(path: Path) -> bool:

@@ -289,9 +289,10 @@ class MixerProcess:
 
     def __init__(self, mixer: Mixer):
         paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        safe = dict(PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1")  # not the `data` of a working directory
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"import {__name__} as r; r.serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=os.environ | dict(PYTHONPATH=os.pathsep.join(paths)), start_new_session=True)  # signals are for the other one
+            env=os.environ | safe, start_new_session=True)  # signals are for the other one
         self.send(mixer)
 
     def send(self, message) -> None:

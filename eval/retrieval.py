@@ -44,6 +44,7 @@ from lifecycle import (
     LineFile,
     Stop,
     all_ranks,
+    lock_directory,
     parse_lines,
     read_checkpoint,
     set_up_device,
@@ -630,7 +631,7 @@ def identity(state: dict, path, config: scope.Config, library: Library) -> dict:
     text = [[p.name, shards.token_count(p), shards.fingerprint(p)] for p in library.haystack.paths]
     return dict(checkpoint_sha256=file_hash(path), overrides=overrides, text=text, seed=settings.seed,
                 key_length=settings.key_length, value_length=settings.value_length, targets=settings.targets,
-                base_context=settings.base_context)
+                base_context=settings.base_context, depth_bins=settings.depth_bins)
 
 
 def check_directory(directory: Path, own: dict) -> float:
@@ -642,7 +643,9 @@ def check_directory(directory: Path, own: dict) -> float:
             raise Stop(f"{directory} holds samples.jsonl and no run.json to say of what: choose another --out") from None
         return 0.0
     except ValueError:
-        raise Stop(f"{directory / 'run.json'} cannot be read: choose another --out") from None
+        old = None
+    if not isinstance(old, dict):
+        raise Stop(f"{directory / 'run.json'} cannot be read: choose another --out")
     differing = [name for name in own if old.get(name) != own[name]]
     if differing:
         raise Stop(f"{directory} holds another evaluation ({', '.join(differing)} differ): choose another --out")
@@ -677,6 +680,12 @@ def read_samples(path: Path) -> list[dict]:
     return parse_lines(path.read_text()) if path.exists() else []
 
 
+def complete(record: dict, settings: Settings) -> bool:
+    """Whether a sample needs no more scoring: an earlier command may have exchanged the values of fewer. Of two lines of one
+    sample, the later counts."""
+    return record["task"] == "gain" or record["index"] >= settings.swaps or bool(record["swapped_nats"])
+
+
 def evaluate(checkpoint: str, text: str, out: Path, settings: Settings) -> None:
     """The command: everything is checked before anything is made."""
     if problems := settings.problems():
@@ -692,7 +701,11 @@ def evaluate(checkpoint: str, text: str, out: Path, settings: Settings) -> None:
 
     device = set_up_device(RANK_TIMEOUT)
     rank, world_size, _ = world()
-    started = time.perf_counter()
+    started, lock = time.perf_counter(), None
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = lock_directory(out, "choose another --out")
+        seconds_before = check_directory(out, own)  # another command may have ended since
     scorer = Scorer(state, checkpoint, config, device)
     trained = state["config"]
     run = own | dict(
@@ -705,11 +718,10 @@ def evaluate(checkpoint: str, text: str, out: Path, settings: Settings) -> None:
         wall_seconds=seconds_before)
     samples, write_run = out / "samples.jsonl", partial_writer(out / "run.json")
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         write_run(run)
         end_last_line(samples)
     wait(device)
-    done = {record["id"] for record in read_samples(samples)}
+    done = {record["id"] for record in read_samples(samples) if complete(record, settings)}
     wait(device)  # none writes before all have read
     todo = [(cell, i) for cell in cells for i in range(settings.samples) if sample_id(cell, i) not in done]
     lines = LineFile(samples)
@@ -727,7 +739,9 @@ def evaluate(checkpoint: str, text: str, out: Path, settings: Settings) -> None:
         write_atomically(out / "summary.csv", lambda file: file.write(csv_text(rows).encode()))
         stitched = sorted({r["length"] for r in records if r["stitched"]})
         write_run(run | dict(status="complete", stitched=stitched, wall_seconds=seconds_before + time.perf_counter() - started))
-        print(f"{len(todo)} samples scored, {len(records)} in all; {out / 'summary.csv'} has {len(rows)} rows")
+        samples_in_all = len({record["id"] for record in records})
+        print(f"{len(todo)} samples scored, {samples_in_all} in all; {out / 'summary.csv'} has {len(rows)} rows")
+        os.close(lock)
     wait(device)
 
 
@@ -773,6 +787,8 @@ def main(arguments=None) -> None:
             sys.exit(f"error: {error}" if world()[0] == 0 else 1)
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # the others wait for this one: torchrun ends them
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on where it was" if world()[0] == 0 else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -24,6 +24,7 @@ from data.retrieval import token_classes
 from data.shards import find_shards, write_shard
 from eval import retrieval as R
 from eval.needle import wilson_interval
+from lifecycle import lock_directory
 
 ROOT = Path(S.__file__).resolve().parent
 DELIMITER = 256
@@ -558,6 +559,29 @@ def test_more_samples_join_those_that_are_there(tmp_path, evaluated, checkpoint,
     assert [row["retrieval_gain_n"] for row in new if row["task"] == "tracking"] == ["1"] * 3
 
 
+def test_more_swaps_join_those_that_are_there(tmp_path, evaluated, checkpoint, shards):
+    shutil.copytree(evaluated, tmp_path / "out")
+    own = ["--lengths", "512", "--tasks", "tracking", "--samples"]
+    assert command(checkpoint, shards, tmp_path / "out", *own, "2", "--swaps", "0") == [512] * 3 * 2
+    assert command(checkpoint, shards, tmp_path / "out", *own, "2", "--swaps", "2") == [512] * 3 * 2 * 2  # the same again
+    assert command(checkpoint, shards, tmp_path / "out", *own, "2", "--swaps", "1") == []
+    rows = [row for row in csv.DictReader((tmp_path / "out/summary.csv").open()) if row["task"] == "tracking"]
+    assert [(row["n"], row["retrieval_gain_n"]) for row in rows] == [("2", "2")] * 3
+
+
+def test_one_evaluation_at_a_time(tmp_path, evaluated, checkpoint, shards):
+    """In one directory; and one that is interrupted says how to go on."""
+    shutil.copytree(evaluated, tmp_path / "out")
+    held = [checkpoint, "--text", shards / "held_*.bin", "--out", tmp_path / "out", *OPTIONS, *SMALL]
+    lock = lock_directory(tmp_path / "out", "")
+    line = refusal(*held)
+    assert f"{tmp_path / 'out'} is in use by process {os.getpid()}" in line and "another --out" in line
+    os.close(lock)
+    with mock.patch.object(R, "read_samples", side_effect=KeyboardInterrupt), pytest.raises(SystemExit) as stopped:
+        R.main(list(map(str, held)))
+    assert stopped.value.code == "interrupted: the same command goes on where it was"
+
+
 def test_two_processes_give_the_same_summary(tmp_path, evaluated, checkpoint, shards):
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -612,6 +636,10 @@ def test_wrong_files_are_refused(tmp_path, evaluated, checkpoint, shards):
                                                       *OPTIONS, *SMALL)
     line = refusal(checkpoint, *held, evaluated, *OPTIONS, *SMALL, "--seed", "1")
     assert "holds another evaluation (seed differ)" in line and "--out" in line
+    assert "(depth_bins differ)" in refusal(checkpoint, *held, evaluated, *OPTIONS, *SMALL, "--depth-bins", "3")
+    (tmp_path / "unread").mkdir()
+    (tmp_path / "unread/run.json").write_text("[]")
+    assert "run.json cannot be read" in refusal(checkpoint, *held, tmp_path / "unread", *OPTIONS, *SMALL)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/samples.jsonl").write_text("")
     assert "no run.json" in refusal(checkpoint, *held, tmp_path / "other", *OPTIONS, *SMALL)

@@ -578,7 +578,9 @@ def test_sequences_mixed_ahead_are_those_mixed_in_time(settings, monkeypatch):
 
 
 def test_the_process_that_mixes_may_end(settings, tmp_path):
-    """Killed: one line. It itself ends with the one that it works for, even if that is killed."""
+    """Killed: one line. It itself ends with the one that it works for, even if that is killed. It imports nothing of the
+    directory where it is started."""
+    (tmp_path / "data.py").write_text("raise RuntimeError")
     loader = S.TokenLoader(str(settings["TRAIN_FILES"]), 1024, 257, epochs=1)
     ahead = S.MixedAhead(mixer(BYTES), loader, 256)
     ahead.prepare(0)
