@@ -294,9 +294,13 @@ def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool
               for x, m in zip(inputs, marks, strict=True)]
     operator, layer = (torch.compile(f, dynamic=False, fullgraph=True) for f in (attend, layer))
     learnt = (module.w_query, module.w_key)
+
+    def blocks(num_BHN):  # a head's; those of a pointer head twice where it copies
+        return (num_BHN.sum(1) + copying * num_BHN[:, : shape.heads].sum(1)).float().mean().item() / H
+
     extras = " (all read what is found)" * shared + ", with copies" * copying
     return Cell(
-        inputs, blocks=statistics.fmean(x.lists.num_BHN.float().mean().item() for x in inputs),
+        inputs, blocks=statistics.fmean(blocks(x.lists.num_BHN) for x in inputs),
         attend=setting.run(lambda x: operator(*x[:3], x.coefficients, x.documents), lambda x: x[:3]),
         everything=setting.run(lambda x: layer(*x[:3], x.documents), lambda x: (*x[:3], *learnt)),
         select=lambda x: select(x.coefficients, x.documents, setting.backward),
