@@ -702,11 +702,11 @@ def evaluate(checkpoint: str, text: str, out: Path, settings: Settings) -> None:
     device = set_up_device(RANK_TIMEOUT)
     rank, world_size, _ = world()
     started, lock = time.perf_counter(), None
+    scorer = Scorer(state, checkpoint, config, device)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock = lock_directory(out, "choose another --out")
         seconds_before = check_directory(out, own)  # another command may have ended since
-    scorer = Scorer(state, checkpoint, config, device)
     trained = state["config"]
     run = own | dict(
         status="running", checkpoint=str(checkpoint), step=state["step"], total_steps=state["total_steps"], arm=config.arm,

@@ -104,9 +104,9 @@ def test_the_content_cell_runs_both_passes(uncompiled, copying):
         alone, everything, lists = cell.attend(x), cell.everything(x), cell.select(x)
         assert torch.equal(lists.num_BHN, x.lists.num_BHN) and (lists.num_BHN[0, 2:] <= attention.WINDOW).all()
         assert lists.num_BHN[0, :2].max() > 18  # the pointer heads claimed something
-        read = [x.lists.num_BHN[0, head].float().mean().item() for x in cell.inputs for head in [*range(attention.H), 0]]
-        rows = [read[i : i + attention.H + copying] for i in range(0, len(read), attention.H + 1)]  # the codes' at the end
-        assert cell.blocks == pytest.approx(sum(map(sum, rows)) / attention.H / len(rows))
+        read = [x.lists.num_BHN[0].float().mean(-1) for x in cell.inputs]  # of every head; the pointer head's again as codes
+        expected = sum((heads.sum() + copying * heads[0]).item() for heads in read) / len(read) / attention.H
+        assert cell.blocks == pytest.approx(expected)
         assert [g.shape for g in everything[:3]] == [g.shape for g in alone] if backward else everything.shape == alone.shape
         assert not backward or (len(everything) == 5 and all((g != 0).any() for g in everything))
         if copying and not backward:  # the pointer head reads the codes beside the values, the other heads do not

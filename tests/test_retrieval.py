@@ -634,6 +634,11 @@ def test_wrong_files_are_refused(tmp_path, evaluated, checkpoint, shards):
     assert "not a readable checkpoint" in refusal(tmp_path / "bad.pt", *held, tmp_path / "out")
     assert "train.bin is a training shard" in refusal(checkpoint, "--text", shards / "train.bin", "--out", tmp_path / "out",
                                                       *OPTIONS, *SMALL)
+    state = torch.load(checkpoint, weights_only=True)
+    del state["model"]["head_w"]
+    torch.save(state, tmp_path / "less.pt")
+    assert "does not fit this model" in refusal(tmp_path / "less.pt", *held, tmp_path / "out", *OPTIONS, *SMALL)
+    assert not (tmp_path / "out").exists()
     line = refusal(checkpoint, *held, evaluated, *OPTIONS, *SMALL, "--seed", "1")
     assert "holds another evaluation (seed differ)" in line and "--out" in line
     assert "(depth_bins differ)" in refusal(checkpoint, *held, evaluated, *OPTIONS, *SMALL, "--depth-bins", "3")
