@@ -664,11 +664,9 @@ class Attention(nn.Module):
         v = lambdas[0] * v if ve is None else lambdas[0] * v + lambdas[1] * ve.view_as(v)
         copies = self.content is not None and codes_TD is not None
         if copies:
-            sharpness_BTP = self.content.sharpness(x)
-            if config.spectral_pointer_sharpen:
-                growth_T = length_scale(documents, config.spectral_l_train).clamp(min=1) ** config.spectral_pointer_sharpen
-                sharpness_BTP = sharpness_BTP * growth_T[:, None]
-            q, k, v, lists, bias = self.content.read_codes(q, k, v, codes_TD, lists, bias, sharpness_BTP)
+            power = config.spectral_pointer_sharpen
+            sharpness_T = length_scale(documents, config.spectral_l_train).clamp(min=1) ** power if power else None
+            q, k, v, lists, bias = self.content.read_codes(q, k, v, codes_TD, lists, bias, sharpness_T)
         y, _ = pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), lists, documents, scale=ATTENTION_SCALE,
                                  backend=self.backend, bias=bias)
         y, found_BTPD = y.transpose(1, 2), None

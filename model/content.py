@@ -21,7 +21,6 @@ from model.selection import Claims, admit, append_claims, ask, content_lists, fa
 
 CODE = 0.5  # of an entry of a code in the head's weight: FP8 holds it exactly
 TAPS = 8  # tokens that the query and the key of a head that reads claims see
-SHARPEST = 2.0  # logarithm of the factors to which the learnt sharpness of what is read of codes stays: e**-2 to e**2
 LEAST_PAST = 512  # tokens of its document that a sampled row must have behind it
 LOSSES = ("landmark_kl", "ask_bce")
 
@@ -117,7 +116,6 @@ class ContentPointers(nn.Module):
         self.w_query, self.w_key = nn.Parameter(maps.clone()), nn.Parameter(maps.clone())
         self.w_ask = nn.Parameter(torch.zeros(s.heads, s.head_dim + s.stream_dim + 1))
         self.w_copy = nn.Parameter(torch.zeros(s.heads, s.stream_dim)) if s.copying else None
-        self.w_sharp = nn.Parameter(torch.zeros(s.heads, s.stream_dim + 1)) if s.copying else None
 
     def blend(self, q_BTHD: Tensor, k_BTHD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
         """Queries and keys, before their norm, of the heads that read the claims become weighted sums over the last TAPS tokens
@@ -190,20 +188,14 @@ class ContentPointers(nn.Module):
         claims = torch.zeros(*time_BHNW.shape[:3], BLOCK + 1, device=time_BHNW.device).scatter(-1, time_BHNW.long(), 1)
         return (log_odds_BHNR.sigmoid().square() * (0.25 + 0.75 * claims[..., :BLOCK])).flatten(2)
 
-    def sharpness(self, x_BTC: Tensor) -> Tensor:
-        """[B, T, P], float32: the factor by which each token's logits grow where codes are read, from the layer's normed input.
-        Text is copied with what usually follows in mind, a stated value word for word; one head does both."""
-        w_stream, bias = self.w_sharp.type_as(x_BTC).split([self.shape.stream_dim, 1], -1)
-        return (SHARPEST * torch.tanh(F.linear(x_BTC, w_stream, bias[:, 0]).float() / SHARPEST)).exp()
-
     def read_codes(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, codes_TD: Tensor, lists: BlockLists, bias,
-                   sharpness_BTP: Tensor | None = None):
+                   sharpness_T: Tensor | None = None):
         """(q, k, v, lists, bias) of H + P heads: the pointer heads once more, on the tokens' codes instead of values. Their
         queries, landmarks folded in, are multiplied by the sharpness."""
         P = self.shape.heads
         codes_BTPD, again_BTPD = codes_TD[None, :, None].expand(len(q_BTHD), -1, P, -1), q_BTHD[:, :, :P]
-        if sharpness_BTP is not None:
-            again_BTPD = again_BTPD * sharpness_BTP[..., None].type_as(q_BTHD)
+        if sharpness_T is not None:
+            again_BTPD = again_BTPD * sharpness_T[:, None, None].type_as(q_BTHD)
         lists = BlockLists(*(torch.cat([x, x[:, :P]], 1) for x in lists[:3]), readers=lists.readers)
         if bias is not None:
             bias = type(bias)(*(torch.cat([x, x[:, :P]], 1) for x in bias[:-1]), bias[-1])

@@ -1,0 +1,108 @@
+"""Do two heads that search and copy tell text from stated values, where one does both? A toy on the CPU.
+
+    python results/cpu-toys/two_heads.py SHARD HEADS LEARNED SEED        # 1,200 steps, then lines of JSON
+
+As claims.py, with HEADS heads of layer 1 that search and copy, each with taps, claims and a gate of its own. LEARNED: 1 gives
+each a sharpness that every token sets, as in sharp_codes.py.
+"""
+
+import json
+import sys
+import time
+
+import claims
+import mix_shares as toy
+import sharpness
+import torch
+import torch.nn.functional as F
+from claims import readable
+from tied_head import common_text, rotated
+from torch import nn
+
+SETTINGS = ((2, 1, 8), (2, 1.3, 8), (2.5, 1, 8))
+heads = 1
+
+
+class Reader(toy.Attention):
+    """The layer that searches."""
+
+    def __init__(self, learned):
+        super().__init__(False)
+        taps = 0.2 * torch.randn(2, toy.TAPS, heads, toy.D)
+        taps[:, 0] += 1
+        self.taps, self.w_copy = nn.Parameter(taps), nn.Parameter(torch.zeros(heads, toy.C))
+        self.w_sharp = nn.Parameter(torch.zeros(heads, toy.C), requires_grad=bool(learned))
+        self.b_sharp = nn.Parameter(torch.zeros(heads), requires_grad=bool(learned))
+
+    def forward(self, x, ve, codes):
+        B, T, C = x.shape
+        q, k, v = F.linear(x, self.qkv_w).view(B, T, 3, toy.H, toy.D).unbind(2)
+
+        def mixed(x, w):
+            first = sum(F.pad(x[:, :, :heads], (0, 0, 0, 0, lag, 0))[:, :T] * w[lag] for lag in range(toy.TAPS))
+            return torch.cat([first, x[:, :, heads:]], 2)
+
+        q, k = mixed(q, self.taps[0]), mixed(k, self.taps[1])
+        v = self.lambdas[0] * v if ve is None else self.lambdas[0] * v + self.lambdas[1] * ve.view_as(v)
+        q, k, v = (x.transpose(1, 2) for x in (rotated(q), rotated(k), v))
+        age = torch.arange(T)[:, None] - torch.arange(T)
+        logits = 0.35 * q[:, :heads] @ k[:, :heads].mT
+        of_values, of_codes, self.claims = readable(logits.masked_fill(age < 0, float("-inf")))
+        self.factor = (2 * torch.tanh(F.linear(x, self.w_sharp, self.b_sharp) / 2)).exp().mT[..., None]
+        values = logits.masked_fill(~of_values, float("-inf")).softmax(-1)
+        of_codes = (claims.sharp_codes * self.factor * logits).masked_fill(~of_codes, float("-inf")).softmax(-1)
+        near = (age >= 0) & (age < sharpness.WINDOW)
+        rest = F.scaled_dot_product_attention(*(x[:, heads:] for x in (q, k, v)), near, scale=0.35)
+        y = torch.cat([values @ v[:, :heads], rest], 1)
+        return F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_w), of_codes @ codes[:, None]
+
+
+class Model(toy.Model):
+    def __init__(self, learned):
+        super().__init__(0)
+        self.attn[1] = Reader(learned)
+
+    def forward(self, tokens):
+        x = x0 = toy.norm(self.embed(tokens))
+        codes, said = self.codes[tokens], []
+        for i, ve in enumerate([None, *(table(tokens) for table in self.ves)]):
+            x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
+            y, found = self.attn[i](toy.norm(x), ve, codes)
+            said = [*said, found] if found is not None else said
+            x = x + y
+            x = x + F.linear(F.linear(toy.norm(x), self.up[i]).relu().square(), self.down[i])
+        x = toy.norm(x)
+        gates = F.linear(x, self.attn[1].w_copy).mT[..., None]
+        z = F.linear(x, self.head_w) + F.linear((gates * said[0]).sum(1) / 64, self.codes)
+        return 30 * torch.sigmoid(z / 7.5)
+
+
+def main(shard, count, learned, seed):
+    global heads
+    heads, toy.Attention.forward = int(count), sharpness.forward
+    text = common_text(shard)
+    held_out = text[-400_000:]
+    torch.manual_seed(int(seed))
+    model, start = Model(int(learned)), time.time()
+    reader, optimizers = model.attn[1], toy.make_optimizers(model)
+    if int(learned):
+        learnt = [reader.w_sharp, reader.b_sharp]
+        ours = {id(p) for p in learnt}
+        for group in optimizers[0].param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in ours]
+        optimizers.append(torch.optim.Adam(learnt, lr=0.003, betas=(0.8, 0.95)))
+    sharpness.train(model, optimizers, text[:-400_000], seed)
+    for length, plain, again in sharpness.sequences(held_out):
+        for claims.floor, claims.sharp_codes, claims.code_blocks in SETTINGS:
+            line = dict(heads=heads, learned=int(learned), seed=int(seed), length=length, floor=claims.floor,
+                        codes=claims.sharp_codes)
+            scores = sharpness.scores(model, length, plain, again)
+            if int(learned):
+                levels = reader.factor.transpose(0, 1).flatten(1).quantile(torch.tensor([0.05, 0.5, 0.95]), -1)
+                line["learnt"] = [[round(x, 2) for x in head] for head in levels.T.tolist()]
+            line |= scores | dict(claims=round(reader.claims, 2), seconds=round(time.time() - start))
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
