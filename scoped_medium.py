@@ -203,6 +203,8 @@ class Config:
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
     spectral_pointer_copy: bool = _spectral(True, "content: heads that search read, beside values, which tokens stand there, "
                                                  "and the output head says them, however rarely training does")
+    spectral_pointer_quiet: bool = _spectral(False, "content: a learnt gate of each token lowers the output head's own logits "
+                                                    "against its copies (no GPU has trained it yet)")
     spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and who searches", low=0)
 
     val_files: str = _validation("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
@@ -370,6 +372,9 @@ class Config:
         if self.spectral_pointer_sharpen and not self.copying:
             problems.append(f"SPECTRAL_POINTER_SHARPEN={self.spectral_pointer_sharpen:g} sharpens copies: it needs "
                             f"SPECTRAL_POINTER_COPY=1 and landmarks (not pooled)")
+        if self.spectral_pointer_quiet and not self.copying:
+            problems.append("SPECTRAL_POINTER_QUIET=1 goes with copies: it needs SPECTRAL_POINTER_COPY=1 and landmarks (not "
+                            "pooled)")
         if self.pooled and self.head_dim // 2 not in POINTER_DIMS:
             problems.append(f"SPECTRAL_POINTER_SOURCE=pooled knows HEAD_DIM {', '.join(str(2 * d) for d in POINTER_DIMS)}, not "
                             f"{self.head_dim}")
@@ -530,6 +535,7 @@ HELD_BLOCKS = 2  # of it under SPECTRAL_WINDOW_HOLD
 IDLE_BLOCKS = 0.5  # claims of a query block below which content pointers retrieve nothing yet
 LEARNING_FRAC = 0.1  # of the steps, from the pointers' start on, after which they should
 WINDOW_SLOTS = (math.ceil(LONG_WINDOW_BLOCKS) // 2, math.ceil(LONG_WINDOW_BLOCKS))  # of the short and of the long one
+QUIET = 3.0  # at the start the head says by itself sigmoid(3) = 0.95 of what it would
 EVAL_CHUNK = 131_072  # tokens of an evaluation whose MLP activations, and whose logits, exist at once
 
 
@@ -767,6 +773,8 @@ class GPT(nn.Module):
         if config.copying:
             codes_VD = token_codes(config.vocab_size, len(self.head_w), config.head_dim)
             self.register_buffer("codes_VD", codes_VD, persistent=False)
+        quiet = config.copying and config.spectral_pointer_quiet
+        self.w_quiet = nn.Parameter(torch.zeros(1, config.model_dim)) if quiet else None
         for layer in config.spectral_layer_ids() if config.dense else ():
             self.blocks[layer].attn.dense = True
         if config.spectral_bias:
@@ -780,7 +788,7 @@ class GPT(nn.Module):
     def pointer_parameters(self) -> list[nn.Parameter]:
         """Those of the bias and of the content pointers."""
         return [p for module in self.modules() if isinstance(module, SpectralBias | ContentPointers)
-                for p in module.parameters()]
+                for p in module.parameters()] + ([] if self.w_quiet is None else [self.w_quiet])
 
     @torch.no_grad()
     def keep_head_in_range(self) -> None:
@@ -816,6 +824,8 @@ class GPT(nn.Module):
         x_TC = norm(x)[0]
         if copies:
             said_TD = sum(content.say(x_TC, found_TPD) for content, found_TPD in copies) / CODE
+            if self.w_quiet is not None:
+                x_TC = x_TC * torch.sigmoid(QUIET - F.linear(x_TC, self.w_quiet.type_as(x_TC)))
             x_TC = torch.cat([x_TC, said_TD], 1)
         return x_TC, telemetry
 

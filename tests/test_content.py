@@ -247,6 +247,7 @@ def test_what_points_by_itself():
     (dict(SPECTRAL_POINTER_HEADS=3), "SPECTRAL_POINTER_HEADS=3 exceeds NUM_HEADS=2"),
     (dict(SPECTRAL_POINTER_READERS=3), "SPECTRAL_POINTER_READERS=3 exceeds NUM_HEADS=2"),
     (dict(SPECTRAL_POINTER_SHARPEN=2), "SPECTRAL_POINTER_SHARPEN=2 sharpens copies: it needs SPECTRAL_POINTER_COPY=1"),
+    (dict(SPECTRAL_POINTER_QUIET=1), "SPECTRAL_POINTER_QUIET=1 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_LANDMARK_DIM=32), "exceed the HEAD_DIM / 2 = 16 dimensions"),
     (dict(SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1), "SPECTRAL_LANDMARK_DIM=16 and the bias's 16 features"),
     (dict(SPECTRAL_POINTER_SOURCE="offset"), "SPECTRAL_POINTER_SOURCE=offset needs SPECTRAL_BIAS=1")])
@@ -393,6 +394,23 @@ def test_the_language_model_teaches_copies_and_begins_without():
     assert model.codes_VD.requires_grad is False
     assert {name for name, _ in model.named_parameters()} - {name for name, _ in fresh[0].named_parameters()} == {
         f"blocks.{i}.attn.content.w_copy" for i in range(4)}
+
+
+def test_a_quiet_head_says_less_by_itself_and_copies_as_before():
+    """By a factor of every token's from its final stream, which the language model teaches; 0.95 at the start."""
+    tokens = documents_of(T + 1, 8, mean_length=10**9)
+    loud, quiet = (model_for(**COPIES, SPECTRAL_POINTER_QUIET=q) for q in (0, 1))
+    with torch.no_grad():
+        x, y = (m.hidden(tokens[:-1], context_of(m, tokens[:-1]))[0] for m in (loud, quiet))
+    assert torch.equal(x[:, 64:], y[:, 64:]) and x[:, 64:].any()
+    for t in (0, 17, T - 1):
+        factor = 1 / (1 + math.exp(sum(a * b for a, b in zip(x[t, :64].tolist(), quiet.w_quiet[0].tolist(), strict=True)) - 3))
+        torch.testing.assert_close(y[t, :64], factor * x[t, :64])
+    quiet.train()(tokens[:-1], tokens[1:].long(), context_of(quiet, tokens[:-1], training=True)).loss.backward()
+    assert (quiet.w_quiet.grad != 0).all() and loud.w_quiet is None
+    assert not model_for(alive=False, **COPIES, SPECTRAL_POINTER_QUIET=1).w_quiet.any()
+    (group,) = [g for o in S.make_optimizers(quiet) for g in o.param_groups if any(p is quiet.w_quiet for p in g["params"])]
+    assert group["lr"] == quiet.config.spectral_lr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the whole model runs in bf16: bench/step.py")

@@ -1,9 +1,13 @@
-"""Do two heads that search and copy tell text from stated values, where one does both? A toy on the CPU.
+"""Do two heads that search and copy tell text from stated values, where one does both? Or a token that silences the head's own
+opinion? Toys on the CPU.
 
-    python results/cpu-toys/two_heads.py SHARD HEADS LEARNED SEED        # 1,200 steps, then lines of JSON
+    python results/cpu-toys/two_heads.py SHARD HEADS LEARNED SEED [QUIET]        # 1,200 steps, then lines of JSON
 
 As claims.py, with HEADS heads of layer 1 that search and copy, each with taps, claims and a gate of its own. LEARNED: 1 gives
-each a sharpness that every token sets, as in sharp_codes.py.
+each a sharpness that every token sets, as in sharp_codes.py. QUIET, how copies are said: 0, added to the logits before their
+cap; 1, and the other logits are multiplied by 1 - sigmoid(w x - 3), w learnt from 0: where a stated value goes on, what mostly
+follows a word should not count; 2, as sigmoid(w x - 3) of the probabilities, by the first head's attention, exactly; 3, behind
+the cap.
 """
 
 import json
@@ -54,13 +58,16 @@ class Reader(toy.Attention):
         near = (age >= 0) & (age < sharpness.WINDOW)
         rest = F.scaled_dot_product_attention(*(x[:, heads:] for x in (q, k, v)), near, scale=0.35)
         y = torch.cat([values @ v[:, :heads], rest], 1)
+        self.weights = of_codes
         return F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_w), of_codes @ codes[:, None]
 
 
 class Model(toy.Model):
-    def __init__(self, learned):
+    def __init__(self, learned, quiet):
         super().__init__(0)
         self.attn[1] = Reader(learned)
+        self.w_quiet, self.mixing = nn.Parameter(torch.zeros(toy.C)) if quiet in (1, 2) else None, quiet == 2
+        self.behind_cap = quiet == 3
 
     def forward(self, tokens):
         x = x0 = toy.norm(self.embed(tokens))
@@ -73,20 +80,32 @@ class Model(toy.Model):
             x = x + F.linear(F.linear(toy.norm(x), self.up[i]).relu().square(), self.down[i])
         x = toy.norm(x)
         gates = F.linear(x, self.attn[1].w_copy).mT[..., None]
-        z = F.linear(x, self.head_w) + F.linear((gates * said[0]).sum(1) / 64, self.codes)
+        own = x
+        if self.w_quiet is not None:
+            self.quiet = (x @ self.w_quiet - 3).sigmoid()[..., None]
+            own = x * (1 - self.quiet)
+        if self.mixing:
+            p = (30 * torch.sigmoid(F.linear(x, self.head_w) / 7.5)).softmax(-1)
+            weights_BTT = self.attn[1].weights[:, 0]
+            copied = torch.zeros_like(p).scatter_add(-1, tokens[:, None].expand_as(weights_BTT), weights_BTT)
+            return ((1 - self.quiet) * p + self.quiet * copied).clamp(min=1e-9).log()
+        copied = F.linear((gates * said[0]).sum(1) / 64, self.codes)
+        if self.behind_cap:
+            return 30 * torch.sigmoid(F.linear(own, self.head_w) / 7.5) + copied
+        z = F.linear(own, self.head_w) + copied
         return 30 * torch.sigmoid(z / 7.5)
 
 
-def main(shard, count, learned, seed):
+def main(shard, count, learned, seed, quiet=0):
     global heads
     heads, toy.Attention.forward = int(count), sharpness.forward
     text = common_text(shard)
     held_out = text[-400_000:]
     torch.manual_seed(int(seed))
-    model, start = Model(int(learned)), time.time()
+    model, start = Model(int(learned), int(quiet)), time.time()
     reader, optimizers = model.attn[1], toy.make_optimizers(model)
-    if int(learned):
-        learnt = [reader.w_sharp, reader.b_sharp]
+    if int(learned) or int(quiet) in (1, 2):
+        learnt = [p for p in (reader.w_sharp, reader.b_sharp, model.w_quiet) if p is not None and p.requires_grad]
         ours = {id(p) for p in learnt}
         for group in optimizers[0].param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in ours]
@@ -94,12 +113,16 @@ def main(shard, count, learned, seed):
     sharpness.train(model, optimizers, text[:-400_000], seed)
     for length, plain, again in sharpness.sequences(held_out):
         for claims.floor, claims.sharp_codes, claims.code_blocks in SETTINGS:
-            line = dict(heads=heads, learned=int(learned), seed=int(seed), length=length, floor=claims.floor,
+            line = dict(heads=heads, learned=int(learned), how=int(quiet), seed=int(seed), length=length, floor=claims.floor,
                         codes=claims.sharp_codes)
             scores = sharpness.scores(model, length, plain, again)
             if int(learned):
                 levels = reader.factor.transpose(0, 1).flatten(1).quantile(torch.tensor([0.05, 0.5, 0.95]), -1)
                 line["learnt"] = [[round(x, 2) for x in head] for head in levels.T.tolist()]
+            if int(quiet) in (1, 2):
+                tokens, role = again[0]
+                model(tokens[:, :-1])
+                line["quiet"] = [round(model.quiet[..., 0][role[:, 1:] == kind].median().item(), 2) for kind in (False, True)]
             line |= scores | dict(claims=round(reader.claims, 2), seconds=round(time.time() - start))
             print(json.dumps(line), flush=True)
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Steps on one GPU, one after the other: the settings of rounds 10 to 16 of RESULTS.md, section 6. From a clone:
+# Steps on one GPU, one after the other: the settings of rounds 10 to 17 of RESULTS.md, section 6. From a clone:
 #
 #     DATA=/data LOGS=/runs SECONDS_LEFT=1680 GPU=0 MIX=0.08 PASSAGES=0.25 HOLD=0 bash results/h200-content/queue.sh \
 #       'train copies_0 0 $COPIES; SPECTRAL_POINTER_FLOOR=3 evaluate copies_0'
 #
-# train NAME SEED SETTINGS..., score NAME OUT TEXT ARGUMENTS..., evaluate NAME [SUFFIX [PARTS]]. Settings before a scoring are
-# the evaluation's.
+# train NAME SEED SETTINGS..., score NAME OUT TEXT ARGUMENTS..., evaluate NAME [SUFFIX [PARTS]], by_step NAME STEPS... Settings
+# before a scoring are the evaluation's.
 # DATA: the shards books_pep_train_*, gutenberg_train_*, books_val_000000, books_test_1m_*. What SECONDS_LEFT does not cover is
 # cut off.
 set -u
@@ -50,18 +50,31 @@ score() { # NAME OUT TEXT ARGUMENTS...
 evaluate() { # NAME [SUFFIX [PARTS]]
   local name=$1 as=${2:-} part
   for part in ${3:-m r s t gain}; do
+    # shellcheck disable=SC2086  # the arguments are words
     case $part in
       m) score "$name" "m$as" "$MILLION" --tasks single --lengths 1048576 --samples 100 & ;;
       r) score "$name" "r$as" "$BOOKS" --tasks single --lengths 16384 --samples 600 ;;
       s) score "$name" "s$as" "$BOOKS" --tasks single --lengths 131072 --samples 200 ;;
       t) score "$name" "t$as" "$BOOKS" --tasks multikey,tracking --lengths 131072 --samples 200 ;;
-      # shellcheck disable=SC2086
       gain) score "$name" "gain$as" "$BOOKS" $GAIN ;;
       far) score "$name" "far$as" "$DATA/books_test_1m_*.bin" --tasks gain --lengths 1048576 --samples 24 \
         --contexts 4096,16384,262144,1044480 ;;
     esac
   done
   wait
+}
+
+by_step() { # NAME STEPS...: needles of earlier checkpoints
+  local name=$1 step length samples
+  shift
+  for step; do
+    while read -r length samples; do
+      timeout "$(left)" python3 eval/retrieval.py "$LOGS/$name/state_step$(printf %06d "$step").pt" --swaps 0 --text "$BOOKS" \
+        --out "$LOGS/$name/by_step/$step/$length" --tasks single --lengths "$length" --samples "$samples" \
+        > "$LOGS/${name}_$step.$length.log" 2>&1
+      say "$name at $step $length $?"
+    done <<< $'16384 200\n131072 100'
+  done
 }
 
 mkdir -p "$LOGS"
