@@ -256,11 +256,12 @@ def listed(setting: Setting, backend: str, layout: str | None, window: bool = Fa
         both_directions=lambda x: select(x.delta_BHTM, x.documents, True))
 
 
-def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool = False, copying: bool = True) -> Cell:
-    """Content pointers: `tokens` of a block search; `shared`: all heads read what is found; `copying`: pointer heads read codes
-    too, here added to their values, so that one gradient reaches both. No log-odds are too low here, so on random data the
-    threshold of the blocks before fills the lists. `ms` holds the selection too."""
-    shape = ContentShape(head_dim=D, asking=tokens, floor=-math.inf, readers=H * shared, copying=copying)
+def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool = False, copying: bool = True,
+            heads: int = 1) -> Cell:
+    """Content pointers: `heads` search, from `tokens` of a block; `shared`: all heads read what is found; `copying`: pointer
+    heads read codes too, here added to their values, so that one gradient reaches both. No log-odds are too low here, so on
+    random data the threshold of the blocks before fills the lists. `ms` holds the selection too."""
+    shape = ContentShape(heads, D, asking=tokens, floor=-math.inf, readers=H * shared, copying=copying)
     module = ContentPointers(shape, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(module.w_ask, generator=torch.Generator().manual_seed(1))
     module = module.to(setting.device).eval()
@@ -363,6 +364,7 @@ VARIANTS: dict[str, Callable[[Setting], Cell]] = {
     "content": lambda s: content(s, ContentShape.asking),
     "content_values": lambda s: content(s, ContentShape.asking, copying=False),
     "content_shared": lambda s: content(s, ContentShape.asking, shared=True),
+    "content_two": lambda s: content(s, ContentShape.asking, heads=2),
     "content_exact": lambda s: content(s, BLOCK),
     "flex_append": lambda s: listed(s, "flex", "append"),
     "flex_fold": lambda s: listed(s, "flex", "fold"),
