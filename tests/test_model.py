@@ -280,7 +280,7 @@ def test_flops_per_token_against_a_counter():
 def test_arms_share_every_other_weight():
     states = [model_for(alive=False, **variant).state_dict() for variant in VARIANTS.values() if "NUM_LAYERS" not in variant]
     for state in states[1:]:
-        assert {k for k in state if "spectral" not in k and "content" not in k} == set(states[0])
+        assert {k for k in state if "spectral" not in k and "content" not in k and k != "w_quiet"} == set(states[0])
         assert all(torch.equal(state[k], states[0][k]) for k in states[0])
     other = model_for(alive=False, SEED=1).state_dict()
     assert not torch.equal(other["embed.weight"], states[0]["embed.weight"])
