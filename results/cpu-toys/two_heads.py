@@ -6,8 +6,7 @@ opinion? Toys on the CPU.
 As claims.py, with HEADS heads of layer 1 that search and copy, each with taps, claims and a gate of its own. LEARNED: 1 gives
 each a sharpness that every token sets, as in sharp_codes.py. QUIET, how copies are said: 0, added to the logits before their
 cap; 1, and the other logits are multiplied by 1 - sigmoid(w x - 3), w learnt from 0: where a stated value goes on, what mostly
-follows a word should not count; 2, as sigmoid(w x - 3) of the probabilities, by the first head's attention, exactly; 3, behind
-the cap.
+follows a word should not count; 3, behind the cap.
 """
 
 import json
@@ -58,7 +57,6 @@ class Reader(toy.Attention):
         near = (age >= 0) & (age < sharpness.WINDOW)
         rest = F.scaled_dot_product_attention(*(x[:, heads:] for x in (q, k, v)), near, scale=0.35)
         y = torch.cat([values @ v[:, :heads], rest], 1)
-        self.weights = of_codes
         return F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_w), of_codes @ codes[:, None]
 
 
@@ -66,7 +64,7 @@ class Model(toy.Model):
     def __init__(self, learned, quiet):
         super().__init__(0)
         self.attn[1] = Reader(learned)
-        self.w_quiet, self.mixing = nn.Parameter(torch.zeros(toy.C)) if quiet in (1, 2) else None, quiet == 2
+        self.w_quiet = nn.Parameter(torch.zeros(toy.C)) if quiet == 1 else None
         self.behind_cap = quiet == 3
 
     def forward(self, tokens):
@@ -84,11 +82,6 @@ class Model(toy.Model):
         if self.w_quiet is not None:
             self.quiet = (x @ self.w_quiet - 3).sigmoid()[..., None]
             own = x * (1 - self.quiet)
-        if self.mixing:
-            p = (30 * torch.sigmoid(F.linear(x, self.head_w) / 7.5)).softmax(-1)
-            weights_BTT = self.attn[1].weights[:, 0]
-            copied = torch.zeros_like(p).scatter_add(-1, tokens[:, None].expand_as(weights_BTT), weights_BTT)
-            return ((1 - self.quiet) * p + self.quiet * copied).clamp(min=1e-9).log()
         copied = F.linear((gates * said[0]).sum(1) / 64, self.codes)
         if self.behind_cap:
             return 30 * torch.sigmoid(F.linear(own, self.head_w) / 7.5) + copied
@@ -104,7 +97,7 @@ def main(shard, count, learned, seed, quiet=0):
     torch.manual_seed(int(seed))
     model, start = Model(int(learned), int(quiet)), time.time()
     reader, optimizers = model.attn[1], toy.make_optimizers(model)
-    if int(learned) or int(quiet) in (1, 2):
+    if int(learned) or int(quiet) == 1:
         learnt = [p for p in (reader.w_sharp, reader.b_sharp, model.w_quiet) if p is not None and p.requires_grad]
         ours = {id(p) for p in learnt}
         for group in optimizers[0].param_groups:
@@ -119,7 +112,7 @@ def main(shard, count, learned, seed, quiet=0):
             if int(learned):
                 levels = reader.factor.transpose(0, 1).flatten(1).quantile(torch.tensor([0.05, 0.5, 0.95]), -1)
                 line["learnt"] = [[round(x, 2) for x in head] for head in levels.T.tolist()]
-            if int(quiet) in (1, 2):
+            if int(quiet) == 1:
                 tokens, role = again[0]
                 model(tokens[:, :-1])
                 line["quiet"] = [round(model.quiet[..., 0][role[:, 1:] == kind].median().item(), 2) for kind in (False, True)]
