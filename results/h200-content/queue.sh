@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Steps on one GPU, one after the other: the settings of rounds 10 to 17 of RESULTS.md, section 6. From a clone:
+# Steps on one GPU, one after the other: the settings of rounds 10 to 18 of RESULTS.md, section 6. From a clone:
 #
 #     DATA=/data LOGS=/runs SECONDS_LEFT=1680 GPU=0 MIX=0.08 PASSAGES=0.25 HOLD=0 bash results/h200-content/queue.sh \
 #       'train copies_0 0 $COPIES; SPECTRAL_POINTER_FLOOR=3 evaluate copies_0'
 #
 # train NAME SEED SETTINGS..., score NAME OUT TEXT ARGUMENTS..., evaluate NAME [SUFFIX [PARTS]], by_step NAME STEPS... Settings
-# before a scoring are the evaluation's.
+# before a scoring are the evaluation's. work: the lines of $LOGS/jobs, one after the other, shared with other GPUs' queues.
 # DATA: the shards books_pep_train_*, gutenberg_train_*, books_val_000000, books_test_1m_*. What SECONDS_LEFT does not cover is
 # cut off.
 set -u
@@ -23,6 +23,7 @@ BIAS="$COPIES SPECTRAL_BIAS=1"
 POOLED="$POINTERS SPECTRAL_POINTER_SOURCE=pooled"
 OFFSET="$POINTERS SPECTRAL_POINTER_SOURCE=offset SPECTRAL_BIAS=1 SPECTRAL_POINTER_HALF_BLOCKS=3 SPECTRAL_POINTER_LOCAL_BLOCKS=4"
 DENSE="$POINTERS SPECTRAL_POINTER_SCHEDULE=0 SPECTRAL_POINTER_SOURCE=dense SPECTRAL_LENGTH_SCALE=1"
+HELD="SPECTRAL_WINDOW_HOLD=0.6"
 BOOKS=$DATA/books_val_000000.bin MILLION=$DATA/books_test_1m_gibbon.bin
 GAIN="--tasks gain --lengths 262144 --samples 48 --contexts 1024,4096,16384,65536,262144"
 
@@ -49,13 +50,16 @@ score() { # NAME OUT TEXT ARGUMENTS...
 
 evaluate() { # NAME [SUFFIX [PARTS]]
   local name=$1 as=${2:-} part
-  for part in ${3:-m r s t gain}; do
+  for part in ${3:-m r s k t gain}; do
     # shellcheck disable=SC2086  # the arguments are words
     case $part in
       m) score "$name" "m$as" "$MILLION" --tasks single --lengths 1048576 --samples 100 & ;;
       r) score "$name" "r$as" "$BOOKS" --tasks single --lengths 16384 --samples 600 ;;
-      s) score "$name" "s$as" "$BOOKS" --tasks single --lengths 131072 --samples 200 ;;
-      t) score "$name" "t$as" "$BOOKS" --tasks multikey,tracking --lengths 131072 --samples 200 ;;
+      s) score "$name" "s$as" "$BOOKS" --tasks single --lengths 131072 --samples 400 ;;
+      k) score "$name" "k$as" "$BOOKS" --tasks multikey --lengths 131072 --samples 400 ;;
+      t) score "$name" "t$as" "$BOOKS" --tasks tracking --lengths 131072 --samples 200 ;;
+      exact) SPECTRAL_POINTER_ASKING=128 score "$name" "exact$as" "$MILLION" --tasks single --lengths 1048576 --samples 20 ;;
+      both) score "$name" "both$as" "$BOOKS" --tasks single,multikey --lengths 16384,131072 --samples 60 ;;
       gain) score "$name" "gain$as" "$BOOKS" $GAIN ;;
       far) score "$name" "far$as" "$DATA/books_test_1m_*.bin" --tasks gain --lengths 1048576 --samples 24 \
         --contexts 4096,16384,262144,1044480 ;;
@@ -73,8 +77,19 @@ by_step() { # NAME STEPS...: needles of earlier checkpoints
         --out "$LOGS/$name/by_step/$step/$length" --tasks single --lengths "$length" --samples "$samples" \
         > "$LOGS/${name}_$step.$length.log" 2>&1
       say "$name at $step $length $?"
-    done <<< $'16384 200\n131072 100'
+    done <<< $'16384 100\n131072 60'
   done
+}
+
+work() {
+  local job
+  while job=$(flock "$LOGS/jobs.lock" sh -c 'head -n 1 "$0"; sed -i 1d "$0"' "$LOGS/jobs") && [ -n "$job" ]; do eval "$job"; done
+  wait
+}
+
+rival() { # NAME SEED SETTINGS...: its evaluation runs beside the next one's training
+  train "$@" NUM_ITERATIONS=2400 RETRIEVAL_MIX=0.25 RETRIEVAL_PASSAGES=0.5
+  evaluate "$1" "" both &
 }
 
 mkdir -p "$LOGS"
