@@ -204,7 +204,9 @@ class Config:
     spectral_pointer_copy: bool = _spectral(True, "content: heads that search read, beside values, which tokens stand there, "
                                                  "and the output head says them, however rarely training does")
     spectral_pointer_quiet: bool = _spectral(False, "content: a learnt gate of each token lowers the output head's own logits "
-                                                    "against its copies (no GPU has trained it yet)")
+                                                    "against its copies")
+    spectral_pointer_trust: bool = _spectral(False, "content: copies are as loud as they have just been right (no GPU has "
+                                                    "trained it yet)")
     spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and who searches", low=0)
 
     val_files: str = _validation("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
@@ -372,9 +374,10 @@ class Config:
         if self.spectral_pointer_sharpen and not self.copying:
             problems.append(f"SPECTRAL_POINTER_SHARPEN={self.spectral_pointer_sharpen:g} sharpens copies: it needs "
                             f"SPECTRAL_POINTER_COPY=1 and landmarks (not pooled)")
-        if self.spectral_pointer_quiet and not self.copying:
-            problems.append("SPECTRAL_POINTER_QUIET=1 goes with copies: it needs SPECTRAL_POINTER_COPY=1 and landmarks (not "
-                            "pooled)")
+        for name in ("spectral_pointer_quiet", "spectral_pointer_trust"):
+            if getattr(self, name) and not self.copying:
+                problems.append(f"{name.upper()}=1 goes with copies: it needs SPECTRAL_POINTER_COPY=1 and landmarks (not "
+                                "pooled)")
         if self.pooled and self.head_dim // 2 not in POINTER_DIMS:
             problems.append(f"SPECTRAL_POINTER_SOURCE=pooled knows HEAD_DIM {', '.join(str(2 * d) for d in POINTER_DIMS)}, not "
                             f"{self.head_dim}")
@@ -422,7 +425,8 @@ class Config:
                             self.spectral_pointer_asking, self.spectral_pointer_far_blocks,
                             -math.inf if self.pooled else self.spectral_pointer_floor, self.spectral_pointer_floor_growth,
                             max(1, (self.spectral_l_train or self.train_seq_len) // BLOCK),
-                            readers=self.spectral_pointer_readers, pooled=self.pooled, copying=self.copying)
+                            readers=self.spectral_pointer_readers, pooled=self.pooled, copying=self.copying,
+                            trusting=self.copying and self.spectral_pointer_trust)
 
     def spectral_layer_ids(self) -> set[int]:
         """Layers with the bias, the pointers, or both."""
@@ -823,7 +827,7 @@ class GPT(nn.Module):
             telemetry += [seen] if seen is not None else []
         x_TC = norm(x)[0]
         if copies:
-            said_TD = sum(content.say(x_TC, found_TPD) for content, found_TPD in copies) / CODE
+            said_TD = sum(content.say(x_TC, found_TPD, codes_TD, context.documents) for content, found_TPD in copies) / CODE
             if self.w_quiet is not None:
                 x_TC = x_TC * torch.sigmoid(QUIET - F.linear(x_TC, self.w_quiet.type_as(x_TC)))
             x_TC = torch.cat([x_TC, said_TD], 1)

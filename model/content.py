@@ -21,6 +21,7 @@ from model.selection import Claims, admit, append_claims, ask, content_lists, fa
 
 CODE = 0.5  # of an entry of a code in the head's weight: FP8 holds it exactly
 TAPS = 8  # tokens that the query and the key of a head that reads claims see
+TRUST = 10.0  # of a gate, for a head that was right with all of its attention, times a weight
 LEAST_PAST = 512  # tokens of its document that a sampled row must have behind it
 LOSSES = ("landmark_kl", "ask_bce")
 
@@ -49,6 +50,7 @@ class ContentShape:
     rows: int = 128  # S
     readers: int = 0  # heads that read the claims, the first of the layer; 0: the pointer heads alone do
     copying: bool = False  # the pointer heads' findings are said: `read_codes` and `say`
+    trusting: bool = False  # as loud as they have just been right: `trust`
     pooled: bool = False  # no landmarks: the mean over a block of its keys' non-rotating dimensions, for comparison
     ask_pacing: float = 32.0  # nats; the slots of a tile that has more to ask than those before must last to its end
     claim_pacing: float = 4.0  # nats; of what a tile's first tokens find, only the better is claimed
@@ -116,6 +118,7 @@ class ContentPointers(nn.Module):
         self.w_query, self.w_key = nn.Parameter(maps.clone()), nn.Parameter(maps.clone())
         self.w_ask = nn.Parameter(torch.zeros(s.heads, s.head_dim + s.stream_dim + 1))
         self.w_copy = nn.Parameter(torch.zeros(s.heads, s.stream_dim)) if s.copying else None
+        self.w_trust = nn.Parameter(torch.zeros(s.heads, TAPS)) if s.trusting else None
 
     def blend(self, q_BTHD: Tensor, k_BTHD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
         """Queries and keys, before their norm, of the heads that read the claims become weighted sums over the last TAPS tokens
@@ -202,11 +205,26 @@ class ContentPointers(nn.Module):
         q, k, v = (torch.cat(x, 2) for x in ((q_BTHD, again_BTPD), (k_BTHD, k_BTHD[:, :, :P]), (v_BTHD, codes_BTPD)))
         return q, k, v, lists, bias
 
-    def say(self, x_TC: Tensor, found_TPD: Tensor) -> Tensor:
-        """[T, D]; its product with a token's code is the token's share of the attention, times a gate of the final stream's,
-        summed over the pointer heads, plus what other codes have in common with its own by chance."""
+    def say(self, x_TC: Tensor, found_TPD: Tensor, codes_TD: Tensor, documents: Documents) -> Tensor:
+        """[T, D]; its product with a token's code is the token's share of the attention, times a gate of the final stream's and
+        of the trust, summed over the pointer heads, plus what other codes have in common with its own by chance."""
         gate_TP = F.linear(x_TC, self.w_copy.type_as(x_TC))
+        if self.w_trust is not None:
+            right_TPn = self.trust(found_TPD, codes_TD, documents)
+            gate_TP = gate_TP + TRUST * (right_TPn * self.w_trust.type_as(right_TPn)).sum(-1)
         return (gate_TP[..., None] * found_TPD).sum(1) / self.shape.head_dim
+
+    def trust(self, found_TPD: Tensor, codes_TD: Tensor, documents: Documents) -> Tensor:
+        """[T, P, TAPS], for each of the document's last TAPS tokens, latest first, the share of its attention that the head
+        gave to it one token earlier; 0 where the document has none."""
+        T, id_T = len(codes_TD), documents.id_T
+
+        def same_T1(lag):
+            return (F.pad(id_T, (lag, 0), value=-1)[:T] == id_T)[:, None]
+
+        earlier_TPD = F.pad(found_TPD, (0, 0, 0, 0, 1, 0))[:T]
+        right_TP = same_T1(1) * (earlier_TPD * codes_TD[:, None]).sum(-1) / self.shape.head_dim
+        return torch.stack([same_T1(lag) * F.pad(right_TP, (0, 0, lag, 0))[:T] for lag in range(TAPS)], -1)
 
     def losses(self, marks: Landmarks, found: Pointing, q_BTHD: Tensor, k_BTHD: Tensor, rows: Rows) -> Tensor:
         """[2], in the order of LOSSES; their gradients reach this module's parameters alone, taps excepted.

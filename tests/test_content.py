@@ -248,6 +248,7 @@ def test_what_points_by_itself():
     (dict(SPECTRAL_POINTER_READERS=3), "SPECTRAL_POINTER_READERS=3 exceeds NUM_HEADS=2"),
     (dict(SPECTRAL_POINTER_SHARPEN=2), "SPECTRAL_POINTER_SHARPEN=2 sharpens copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_POINTER_QUIET=1), "SPECTRAL_POINTER_QUIET=1 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
+    (dict(SPECTRAL_POINTER_TRUST=1), "SPECTRAL_POINTER_TRUST=1 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_LANDMARK_DIM=32), "exceed the HEAD_DIM / 2 = 16 dimensions"),
     (dict(SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1), "SPECTRAL_LANDMARK_DIM=16 and the bias's 16 features"),
     (dict(SPECTRAL_POINTER_SOURCE="offset"), "SPECTRAL_POINTER_SOURCE=offset needs SPECTRAL_BIAS=1")])
@@ -342,13 +343,22 @@ def test_codes_are_read_more_sharply_beyond_the_trained_length():
     assert not moved[~beyond].any() and moved[beyond].float().mean() > 0.9 and 100 < beyond.sum() < T - 300
 
 
-def test_what_is_said_against_loops():
-    module, x, found = pointers(shape=replace(SHAPE, copying=True)), noise((9, 24), 1).double(), noise((9, 2, 32), 2).double()
-    said, codes = module.say(x, found), token_codes(41, 128, 32).double()
-    for t in range(9):
+@pytest.mark.parametrize("trusting", [False, True])
+def test_what_is_said_against_loops(trusting):
+    """A gate of the stream's, and of how much of its attention each of the document's last tokens had got before it came."""
+    module, tokens = pointers(shape=replace(SHAPE, copying=True, trusting=trusting)), documents_of(T, 3, mean_length=30)
+    documents, codes = Documents.of(tokens, DELIMITER), token_codes(128, 128, 32).double()
+    x, found, start = noise((T, 24), 1).double(), noise((T, 2, 32), 2).double(), 0
+    said = module.say(x, found, codes[tokens], documents)
+    for t in range(100):
+        start = t if tokens[t] == DELIMITER else start
+        gate = [x[t] @ module.w_copy[h] for h in range(2)]
+        for lag in range(min(8, t - start) if trusting else 0):
+            right = [found[t - lag - 1, h] @ codes[tokens[t - lag]] / 32 for h in range(2)]
+            gate = [gate[h] + 10 * module.w_trust[h, lag] * right[h] for h in range(2)]
         for v in (0, 17, 40):
-            expected = sum((x[t] @ module.w_copy[h]) * (found[t, h] @ codes[v]) / 32 for h in range(2))
-            torch.testing.assert_close(said[t] @ codes[v], expected)
+            torch.testing.assert_close(said[t] @ codes[v], sum(gate[h] * (found[t, h] @ codes[v]) / 32 for h in range(2)))
+    assert (tokens[:100] == DELIMITER).sum() > 1
 
 
 def test_codes_tell_all_tokens_apart():
@@ -411,6 +421,19 @@ def test_a_quiet_head_says_less_by_itself_and_copies_as_before():
     assert not model_for(alive=False, **COPIES, SPECTRAL_POINTER_QUIET=1).w_quiet.any()
     (group,) = [g for o in S.make_optimizers(quiet) for g in o.param_groups if any(p is quiet.w_quiet for p in g["params"])]
     assert group["lr"] == quiet.config.spectral_lr
+
+
+def test_trust_is_taught_and_begins_without():
+    tokens = documents_of(T + 1, 8, mean_length=10**9)
+    plain, trusting = (model_for(**COPIES, SPECTRAL_POINTER_TRUST=t) for t in (0, 1))
+    assert not torch.equal(*(logits_of(m, tokens[:-1]) for m in (plain, trusting)))
+    trusting.train()(tokens[:-1], tokens[1:].long(), context_of(trusting, tokens[:-1], training=True)).loss.backward()
+    for block in trusting.blocks:
+        assert (block.attn.content.w_trust.grad != 0).all()
+        torch.nn.init.zeros_(block.attn.content.w_trust)
+    assert torch.equal(*(logits_of(m, tokens[:-1]) for m in (plain, trusting.eval())))
+    started = dict(model_for(alive=False, **COPIES, SPECTRAL_POINTER_TRUST=1).named_parameters())
+    assert not any(p.any() for name, p in started.items() if name.endswith("w_trust"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the whole model runs in bf16: bench/step.py")

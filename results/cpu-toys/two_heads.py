@@ -6,7 +6,9 @@ opinion? Toys on the CPU.
 As claims.py, with HEADS heads of layer 1 that search and copy, each with taps, claims and a gate of its own. LEARNED: 1 gives
 each a sharpness that every token sets, as in sharp_codes.py. QUIET, how copies are said: 0, added to the logits before their
 cap; 1, and the other logits are multiplied by 1 - sigmoid(w x - 3), w learnt from 0: where a stated value goes on, what mostly
-follows a word should not count; 3, behind the cap.
+follows a word should not count; 3, behind the cap; 5, as 1, and w x grows with the sum of squares of what is looked at; 6, as 5
+and the gate of the copies too; 7, as 0, and the gate grows with the shares that the last eight tokens got before they came;
+9, as 7 and 1, with a gate that is the stream's times the mean of those shares, and a w x that grows with them; 10, as 7 and 1.
 """
 
 import json
@@ -64,8 +66,15 @@ class Model(toy.Model):
     def __init__(self, learned, quiet):
         super().__init__(0)
         self.attn[1] = Reader(learned)
-        self.w_quiet = nn.Parameter(torch.zeros(toy.C)) if quiet == 1 else None
-        self.behind_cap = quiet == 3
+        self.how = quiet
+        self.w_quiet = nn.Parameter(torch.zeros(toy.C)) if quiet in (1, 5, 6, 9, 10) else None
+        self.w_sure = nn.Parameter(torch.zeros(1)) if quiet in (5, 6) else None
+        self.w_trust = nn.Parameter(torch.zeros(heads, 8)) if quiet >= 7 else None
+        self.w_loud = nn.Parameter(torch.zeros(heads, 8)) if quiet == 9 else None
+        self.v_copy = nn.Parameter(torch.zeros(heads, toy.C)) if quiet in (6, 9) else None
+
+    def learnt(self):
+        return [p for p in (self.w_quiet, self.w_sure, self.w_trust, self.w_loud, self.v_copy) if p is not None]
 
     def forward(self, tokens):
         x = x0 = toy.norm(self.embed(tokens))
@@ -78,12 +87,24 @@ class Model(toy.Model):
             x = x + F.linear(F.linear(toy.norm(x), self.up[i]).relu().square(), self.down[i])
         x = toy.norm(x)
         gates = F.linear(x, self.attn[1].w_copy).mT[..., None]
-        own = x
-        if self.w_quiet is not None:
-            self.quiet = (x @ self.w_quiet - 3).sigmoid()[..., None]
+        own, quiet = x, None if self.w_quiet is None else x @ self.w_quiet - 3
+        if self.w_sure is not None:
+            sure = said[0].square().sum(-1).sum(1) / 64
+            quiet = quiet + 10 * self.w_sure * sure
+            if self.v_copy is not None:
+                gates = gates + F.linear(x, self.v_copy).mT[..., None] * sure[:, None, :, None]
+        if self.w_trust is not None:
+            right = F.pad((said[0][:, :, :-1] * codes[:, None, 1:]).sum(-1) / 64, (1, 0))
+            right = torch.stack([F.pad(right, (lag, 0))[..., : right.size(-1)] for lag in range(8)], -1)
+            gates = gates + 10 * (right * self.w_trust[:, None]).sum(-1)[..., None]
+            if self.v_copy is not None:
+                gates = gates + F.linear(x, self.v_copy).mT[..., None] * right.mean(-1)[..., None]
+                quiet = quiet + 10 * (right * self.w_loud[:, None]).sum((1, 3))
+        if quiet is not None:
+            self.quiet = quiet.sigmoid()[..., None]
             own = x * (1 - self.quiet)
         copied = F.linear((gates * said[0]).sum(1) / 64, self.codes)
-        if self.behind_cap:
+        if self.how == 3:
             return 30 * torch.sigmoid(F.linear(own, self.head_w) / 7.5) + copied
         z = F.linear(own, self.head_w) + copied
         return 30 * torch.sigmoid(z / 7.5)
@@ -97,8 +118,7 @@ def main(shard, count, learned, seed, quiet=0):
     torch.manual_seed(int(seed))
     model, start = Model(int(learned), int(quiet)), time.time()
     reader, optimizers = model.attn[1], toy.make_optimizers(model)
-    if int(learned) or int(quiet) == 1:
-        learnt = [p for p in (reader.w_sharp, reader.b_sharp, model.w_quiet) if p is not None and p.requires_grad]
+    if learnt := [p for p in (reader.w_sharp, reader.b_sharp, *model.learnt()) if p.requires_grad]:
         ours = {id(p) for p in learnt}
         for group in optimizers[0].param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in ours]
@@ -112,7 +132,9 @@ def main(shard, count, learned, seed, quiet=0):
             if int(learned):
                 levels = reader.factor.transpose(0, 1).flatten(1).quantile(torch.tensor([0.05, 0.5, 0.95]), -1)
                 line["learnt"] = [[round(x, 2) for x in head] for head in levels.T.tolist()]
-            if int(quiet) == 1:
+            if model.w_trust is not None:
+                line["trust"] = [[round(10 * w, 2) for w in head] for head in model.w_trust.tolist()]
+            if model.w_quiet is not None:
                 tokens, role = again[0]
                 model(tokens[:, :-1])
                 line["quiet"] = [round(model.quiet[..., 0][role[:, 1:] == kind].median().item(), 2) for kind in (False, True)]
