@@ -34,6 +34,14 @@ def token_codes(tokens: int, rows: int, dim: int) -> Tensor:
     return torch.from_numpy(codes)
 
 
+def before(x_THD: Tensor, lag: int, documents: Documents) -> Tensor:
+    """[..., T, H, D]: what stands `lag` tokens earlier in the document, 0 where it has no such token. Always T rows: torch
+    2.11's compiler fails where the lengths of a sum's terms differ."""
+    T, id_T = x_THD.size(-3), documents.id_T
+    same_T = F.pad(id_T, (lag, 0), value=-1)[:T] == id_T
+    return F.pad(x_THD, (0, 0, 0, 0, lag, 0))[..., :T, :, :] * same_T[:, None, None]
+
+
 @dataclass(frozen=True)
 class ContentShape:
     """The constants of a layer's content pointers."""
@@ -123,14 +131,13 @@ class ContentPointers(nn.Module):
     def blend(self, q_BTHD: Tensor, k_BTHD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
         """Queries and keys, before their norm, of the heads that read the claims become weighted sums over the last TAPS tokens
         of the document, channel by channel, so that one layer can match what stands before a place."""
-        R, T, id_T = self.shape.matching, q_BTHD.size(1), documents.id_T
+        R = self.shape.matching
 
         def mixed(x_BTHD, taps):
             x = x_BTHD[:, :, :R]
             total = x * taps[0]
-            for lag in range(1, TAPS):  # every tensor has T rows: torch 2.11's compiler fails where their sums' lengths differ
-                before, id_before_T = F.pad(x, (0, 0, 0, 0, lag, 0))[:, :T], F.pad(id_T, (lag, 0), value=-1)[:T]
-                total = total + before * (id_before_T == id_T)[:, None, None] * taps[lag]
+            for lag in range(1, TAPS):
+                total = total + before(x, lag, documents) * taps[lag]
             return torch.cat([total, x_BTHD[:, :, R:]], 2)
 
         return tuple(mixed(x, w) for x, w in zip((q_BTHD, k_BTHD), self.taps.type_as(q_BTHD), strict=True))
@@ -217,14 +224,8 @@ class ContentPointers(nn.Module):
     def trust(self, found_TPD: Tensor, codes_TD: Tensor, documents: Documents) -> Tensor:
         """[T, P, TAPS], for each of the document's last TAPS tokens, latest first, the share of its attention that the head
         gave to it one token earlier; 0 where the document has none."""
-        T, id_T = len(codes_TD), documents.id_T
-
-        def same_T1(lag):
-            return (F.pad(id_T, (lag, 0), value=-1)[:T] == id_T)[:, None]
-
-        earlier_TPD = F.pad(found_TPD, (0, 0, 0, 0, 1, 0))[:T]
-        right_TP = same_T1(1) * (earlier_TPD * codes_TD[:, None]).sum(-1) / self.shape.head_dim
-        return torch.stack([same_T1(lag) * F.pad(right_TP, (0, 0, lag, 0))[:T] for lag in range(TAPS)], -1)
+        right_TP1 = (before(found_TPD, 1, documents) * codes_TD[:, None]).sum(-1, keepdim=True) / self.shape.head_dim
+        return torch.cat([before(right_TP1, lag, documents) for lag in range(TAPS)], -1)
 
     def losses(self, marks: Landmarks, found: Pointing, q_BTHD: Tensor, k_BTHD: Tensor, rows: Rows) -> Tensor:
         """[2], in the order of LOSSES; their gradients reach this module's parameters alone, taps excepted.

@@ -41,7 +41,7 @@ train() { # NAME SEED SETTINGS...
 }
 
 score() { # NAME OUT TEXT ARGUMENTS...
-  local name=$1 out=$2 text=$3 checkpoints=("$LOGS/$1"/state_step*.pt)
+  local name=$1 out=$2 text=$3 checkpoints=("$LOGS/$1"/state_step${STEP:-*}.pt)
   shift 3
   timeout "$(left)" python3 eval/retrieval.py "${checkpoints[-1]}" --out "$LOGS/$name/$out" --swaps 0 --text "$text" "$@" \
     > "$LOGS/${name}_$out.log" 2>&1
@@ -69,15 +69,12 @@ evaluate() { # NAME [SUFFIX [PARTS]]
 }
 
 by_step() { # NAME STEPS...: needles of earlier checkpoints
-  local name=$1 step length samples
+  local name=$1 STEP step
   shift
   for step; do
-    while read -r length samples; do
-      timeout "$(left)" python3 eval/retrieval.py "$LOGS/$name/state_step$(printf %06d "$step").pt" --swaps 0 --text "$BOOKS" \
-        --out "$LOGS/$name/by_step/$step/$length" --tasks single --lengths "$length" --samples "$samples" \
-        > "$LOGS/${name}_$step.$length.log" 2>&1
-      say "$name at $step $length $?"
-    done <<< $'16384 100\n131072 60'
+    STEP=$(printf %06d "$step")
+    score "$name" "r$step" "$BOOKS" --tasks single --lengths 16384 --samples 100
+    score "$name" "s$step" "$BOOKS" --tasks single --lengths 131072 --samples 60
   done
 }
 
