@@ -90,7 +90,7 @@ from model.attn_bias import (
     scope_stats,
     window_lists,
 )
-from model.content import CODE, LOSSES, ContentPointers, ContentShape, ContentTelemetry, token_codes
+from model.content import CODE, LOSSES, ContentPointers, ContentShape, ContentTelemetry, Heads, token_codes
 from model.head import (
     FP8_GRAD_SCALE,
     FP8_W_LARGEST,
@@ -200,13 +200,14 @@ class Config:
                                              low=16, high=BLOCK)
     spectral_pointer_sharpen: float = _spectral(0.0, "content: power of the length scale's growth beyond SPECTRAL_L_TRAIN "
                                                      "tokens by which logits grow where copies are read; 0: they do not", low=0)
+    spectral_pointer_focus: float = _spectral(0.0, "content, in evaluation: part by which logits grow where codes are read, "
+                                                   "if the last tokens were found just before they came", low=0)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
     spectral_pointer_copy: bool = _spectral(True, "content: heads that search read, beside values, which tokens stand there, "
                                                  "and the output head says them, however rarely training does")
     spectral_pointer_quiet: bool = _spectral(False, "content: a learnt gate of each token lowers the output head's own logits "
                                                     "against its copies")
-    spectral_pointer_trust: bool = _spectral(False, "content: copies are as loud as they have just been right (no GPU has "
-                                                    "trained it yet)")
+    spectral_pointer_trust: bool = _spectral(False, "content: copies are as loud as they have just been right")
     spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and who searches", low=0)
 
     val_files: str = _validation("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
@@ -371,13 +372,11 @@ class Config:
             problems.append(f"SPECTRAL_POINTER_HEADS={self.spectral_pointer_heads} exceeds NUM_HEADS={self.num_heads}")
         if self.spectral_pointer_readers > self.num_heads:
             problems.append(f"SPECTRAL_POINTER_READERS={self.spectral_pointer_readers} exceeds NUM_HEADS={self.num_heads}")
-        if self.spectral_pointer_sharpen and not self.copying:
-            problems.append(f"SPECTRAL_POINTER_SHARPEN={self.spectral_pointer_sharpen:g} sharpens copies: it needs "
-                            f"SPECTRAL_POINTER_COPY=1 and landmarks (not pooled)")
-        for name in ("spectral_pointer_quiet", "spectral_pointer_trust"):
-            if getattr(self, name) and not self.copying:
-                problems.append(f"{name.upper()}=1 goes with copies: it needs SPECTRAL_POINTER_COPY=1 and landmarks (not "
-                                "pooled)")
+        for name in ("sharpen", "focus", "quiet", "trust"):
+            value = getattr(self, f"spectral_pointer_{name}")
+            if value and not self.copying:
+                problems.append(f"SPECTRAL_POINTER_{name.upper()}={value:g} goes with copies: it needs SPECTRAL_POINTER_COPY=1 "
+                                "and landmarks (not pooled)")
         if self.pooled and self.head_dim // 2 not in POINTER_DIMS:
             problems.append(f"SPECTRAL_POINTER_SOURCE=pooled knows HEAD_DIM {', '.join(str(2 * d) for d in POINTER_DIMS)}, not "
                             f"{self.head_dim}")
@@ -672,16 +671,21 @@ class Attention(nn.Module):
             bias = None
         lambdas = self.lambdas.type_as(x)
         v = lambdas[0] * v if ve is None else lambdas[0] * v + lambdas[1] * ve.view_as(v)
-        copies = self.content is not None and codes_TD is not None
-        if copies:
+
+        def read(heads: Heads) -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in heads[:3])
+            return pointer_attention(q, k, v, heads.lists, documents, scale=ATTENTION_SCALE, backend=self.backend,
+                                     bias=heads.bias)[0].transpose(1, 2)
+
+        heads = Heads(q, k, v, lists, bias)
+        if self.content is None or codes_TD is None:
+            y, found_BTPD = read(heads), None
+        else:
             power = config.spectral_pointer_sharpen
             sharpness_T = length_scale(documents, config.spectral_l_train).clamp(min=1) ** power if power else None
-            q, k, v, lists, bias = self.content.read_codes(q, k, v, codes_TD, lists, bias, sharpness_T)
-        y, _ = pointer_attention(*(t.transpose(1, 2) for t in (q, k, v)), lists, documents, scale=ATTENTION_SCALE,
-                                 backend=self.backend, bias=bias)
-        y, found_BTPD = y.transpose(1, 2), None
-        if copies:
-            y, found_BTPD = y.split([config.num_heads, self.content.shape.heads], 2)
+            focus = 0.0 if self.training else config.spectral_pointer_focus
+            again = self.content.read_codes(heads, codes_TD, documents, read, sharpness_T, focus)
+            y, found_BTPD = read(heads.beside(again)).split([config.num_heads, self.content.shape.heads], 2)
         return F.linear(y.reshape(B, T, -1), self.out_w.type_as(x)), found_BTPD, telemetry
 
     def point(self, x: Tensor, q: Tensor, k: Tensor, offsets: BlockLists | None, rotary: Rotary, context: Context,

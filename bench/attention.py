@@ -57,7 +57,7 @@ from model.attn_bias import (
     pointer_lists,
     window_lists,
 )
-from model.content import ContentPointers, ContentShape, token_codes
+from model.content import ContentPointers, ContentShape, Heads, token_codes
 
 SCALE, B, H, D = 0.12, 1, 8, 128
 LISTS = ListShape(local_blocks=16, half_blocks=4, global_blocks=2)
@@ -280,13 +280,15 @@ def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool
         return prepare(choose(marks, documents), documents, backend=backend, needs_grad=needs_grad)
 
     def attend(q, k, v, marks, documents):
-        lists = choose(marks, documents)
-        if copying:
-            q, k, v, lists, _ = module.read_codes(q, k, v, codes_TD, lists, None)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        y, _ = pointer_attention(q, k, v, lists, documents, scale=SCALE, backend=backend)
-        y, found = y.transpose(1, 2).tensor_split([H], 2)
-        return torch.cat([y[:, :, : shape.heads] + found, y[:, :, shape.heads :]], 2) if copying else y
+        def read(heads):
+            q, k, v = (x.transpose(1, 2) for x in heads[:3])
+            return pointer_attention(q, k, v, heads.lists, documents, scale=SCALE, backend=backend)[0].transpose(1, 2)
+
+        heads = Heads(q, k, v, choose(marks, documents))
+        if not copying:
+            return read(heads)
+        y, found = read(heads.beside(module.read_codes(heads, codes_TD, documents, read))).tensor_split([H], 2)
+        return torch.cat([y[:, :, : shape.heads] + found, y[:, :, shape.heads :]], 2)
 
     def layer(q, k, v, documents):
         marks = module(q, k)

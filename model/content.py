@@ -8,8 +8,9 @@ the distribution that the head's content logits alone would give, over the whole
 Shape suffixes: B batch, T tokens, P pointer heads (the first of a layer's heads), D head dim, r landmark dims, S sampled rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from model.selection import Claims, admit, append_claims, ask, content_lists, fa
 CODE = 0.5  # of an entry of a code in the head's weight: FP8 holds it exactly
 TAPS = 8  # tokens that the query and the key of a head that reads claims see
 TRUST = 10.0  # of a gate, for a head that was right with all of its attention, times a weight
+FOCUS_TOKENS = 3  # whose shares say how sharply codes are read
 LEAST_PAST = 512  # tokens of its document that a sampled row must have behind it
 LOSSES = ("landmark_kl", "ask_bce")
 
@@ -80,6 +82,31 @@ class Landmarks(NamedTuple):
     p_BTPr: Tensor  # of the queries, scaled
     l_BTPr: Tensor  # of the keys: p . l is in nats
     ask_BPT: Tensor | None  # logit: is a far place worth searching from here; float32
+
+
+class Heads(NamedTuple):
+    """What attention takes of some of a layer's heads."""
+
+    q_BTHD: Tensor
+    k_BTHD: Tensor
+    v_BTHD: Tensor
+    lists: BlockLists
+    bias: Any = None  # a model.attn_bias.BiasCoefficients
+
+    def first(self, P: int) -> "Heads":
+        q, k, v = (x[:, :, :P] for x in self[:3])
+        lists = BlockLists(*(x[:, :P] for x in self.lists[:3]), readers=self.lists.readers)
+        bias = None if self.bias is None else type(self.bias)(*(x[:, :P] for x in self.bias[:-1]), self.bias[-1])
+        return Heads(q, k, v, lists, bias)
+
+    def beside(self, others: "Heads") -> "Heads":
+        q, k, v = (torch.cat(x, 2) for x in zip(self[:3], others[:3], strict=True))
+        lists = (torch.cat(x, 1) for x in zip(self.lists[:3], others.lists[:3], strict=True))
+        bias = None
+        if self.bias is not None:
+            bias = (torch.cat(x, 1) for x in zip(self.bias[:-1], others.bias[:-1], strict=True))
+            bias = type(self.bias)(*bias, self.bias[-1])
+        return Heads(q, k, v, BlockLists(*lists, readers=self.lists.readers), bias)
 
 
 class Pointing(NamedTuple):
@@ -198,19 +225,20 @@ class ContentPointers(nn.Module):
         claims = torch.zeros(*time_BHNW.shape[:3], BLOCK + 1, device=time_BHNW.device).scatter(-1, time_BHNW.long(), 1)
         return (log_odds_BHNR.sigmoid().square() * (0.25 + 0.75 * claims[..., :BLOCK])).flatten(2)
 
-    def read_codes(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, codes_TD: Tensor, lists: BlockLists, bias,
-                   sharpness_T: Tensor | None = None):
-        """(q, k, v, lists, bias) of H + P heads: the pointer heads once more, on the tokens' codes instead of values. Their
-        queries, landmarks folded in, are multiplied by the sharpness."""
-        P = self.shape.heads
-        codes_BTPD, again_BTPD = codes_TD[None, :, None].expand(len(q_BTHD), -1, P, -1), q_BTHD[:, :, :P]
+    def read_codes(self, heads: Heads, codes_TD: Tensor, documents: Documents, read: Callable[[Heads], Tensor],
+                   sharpness_T: Tensor | None = None, focus: float = 0.0) -> Heads:
+        """The pointer heads once more, on the tokens' codes instead of values. Their queries, landmarks folded in, are
+        multiplied by the sharpness, and by 1 + focus times the mean share, by a first reading, of the last FOCUS_TOKENS."""
+        again = heads.first(self.shape.heads)
+        again = again._replace(v_BTHD=codes_TD[None, :, None].expand(len(again.q_BTHD), -1, self.shape.heads, -1))
         if sharpness_T is not None:
-            again_BTPD = again_BTPD * sharpness_T[:, None, None].type_as(q_BTHD)
-        lists = BlockLists(*(torch.cat([x, x[:, :P]], 1) for x in lists[:3]), readers=lists.readers)
-        if bias is not None:
-            bias = type(bias)(*(torch.cat([x, x[:, :P]], 1) for x in bias[:-1]), bias[-1])
-        q, k, v = (torch.cat(x, 2) for x in ((q_BTHD, again_BTPD), (k_BTHD, k_BTHD[:, :, :P]), (v_BTHD, codes_BTPD)))
-        return q, k, v, lists, bias
+            again = again._replace(q_BTHD=again.q_BTHD * sharpness_T[:, None, None].type_as(again.q_BTHD))
+        if focus:
+            with torch.no_grad():
+                right_TPn = self.trust(read(again)[0], codes_TD, documents)
+                factor_TP1 = 1 + focus * right_TPn[..., :FOCUS_TOKENS].mean(-1, keepdim=True)
+            again = again._replace(q_BTHD=again.q_BTHD * factor_TP1)
+        return again
 
     def say(self, x_TC: Tensor, found_TPD: Tensor, codes_TD: Tensor, documents: Documents) -> Tensor:
         """[T, D]; its product with a token's code is the token's share of the attention, times a gate of the final stream's and

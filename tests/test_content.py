@@ -10,7 +10,7 @@ from test_model import BASE, CONTENT, DELIMITER, T, config_for, context_of, docu
 
 import scoped_medium as S
 from model.attention import BLOCK, BlockLists, Documents, pointer_attention
-from model.content import LEAST_PAST, LOSSES, TAPS, ContentPointers, ContentShape, Pointing, content_stats, token_codes
+from model.content import LEAST_PAST, LOSSES, TAPS, ContentPointers, ContentShape, Heads, Pointing, content_stats, token_codes
 from model.head import FP8_W_SCALE, quantise_w
 from model.selection import Claims, odds_floor
 
@@ -246,7 +246,8 @@ def test_what_points_by_itself():
     (dict(SPECTRAL_POINTER_ASKING=48), "SPECTRAL_POINTER_ASKING=48 is not a power of two"),
     (dict(SPECTRAL_POINTER_HEADS=3), "SPECTRAL_POINTER_HEADS=3 exceeds NUM_HEADS=2"),
     (dict(SPECTRAL_POINTER_READERS=3), "SPECTRAL_POINTER_READERS=3 exceeds NUM_HEADS=2"),
-    (dict(SPECTRAL_POINTER_SHARPEN=2), "SPECTRAL_POINTER_SHARPEN=2 sharpens copies: it needs SPECTRAL_POINTER_COPY=1"),
+    (dict(SPECTRAL_POINTER_SHARPEN=2), "SPECTRAL_POINTER_SHARPEN=2 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
+    (dict(SPECTRAL_POINTER_FOCUS=0.5), "SPECTRAL_POINTER_FOCUS=0.5 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_POINTER_QUIET=1), "SPECTRAL_POINTER_QUIET=1 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_POINTER_TRUST=1), "SPECTRAL_POINTER_TRUST=1 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_LANDMARK_DIM=32), "exceed the HEAD_DIM / 2 = 16 dimensions"),
@@ -300,17 +301,18 @@ def test_codes_are_read_with_the_weights_of_the_pointer_heads():
     seen[:, 1, 5 * BLOCK : 5 * BLOCK + 70] = 1  # block 4 is seen from token 70 of block 5 on
     lists = BlockLists(num, (own[:, None] - torch.arange(3, dtype=torch.int32)).clamp(min=0).expand(1, 3, -1, -1), seen)
 
-    def attend(q, k, v, lists):
-        return pointer_attention(*(x.transpose(1, 2) for x in (q, k, v)), lists, documents, scale=0.12,
-                                 backend="reference")[0].transpose(1, 2)
+    def read(heads):
+        q, k, v = (x.transpose(1, 2) for x in heads[:3])
+        return pointer_attention(q, k, v, heads.lists, documents, scale=0.12, backend="reference")[0].transpose(1, 2)
 
-    *found, bias = module.read_codes(q, k, v, codes, lists, None)
-    assert bias is None
-    y = attend(*found)
-    torch.testing.assert_close(y[:, :, :3], attend(q, k, v, lists), rtol=0, atol=0)
+    layer = Heads(q, k, v, lists)
+    again = module.read_codes(layer, codes, documents, read)
+    assert again.bias is None
+    y = read(layer.beside(again))
+    torch.testing.assert_close(y[:, :, :3], read(layer), rtol=0, atol=0)
     for h in range(2):
         alone = BlockLists(*(x[:, h : h + 1] for x in lists[:3]))
-        expected = attend(q[:, :, h : h + 1], k[:, :, h : h + 1], codes[None, :, None], alone)
+        expected = read(Heads(q[:, :, h : h + 1], k[:, :, h : h + 1], codes[None, :, None], alone))
         torch.testing.assert_close(y[:, :, 3 + h : 4 + h], expected, rtol=0, atol=1e-12)
         assert (expected[0, 5 * BLOCK + 69] - expected[0, 5 * BLOCK + 70]).abs().max() > 0.1
 
@@ -321,8 +323,8 @@ def test_codes_are_read_more_sharply_beyond_the_trained_length():
     plain, sharp = (model_for(**COPIES, SPECTRAL_L_TRAIN=200, SPECTRAL_POINTER_SHARPEN=power) for power in (0, 3))
     seen, read_codes = [], ContentPointers.read_codes
 
-    def noted(module, q, k, v, *rest):
-        seen.append((q, k, *(found := read_codes(module, q, k, v, *rest))))
+    def noted(module, heads, *rest):
+        seen.append((heads, found := read_codes(module, heads, *rest)))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
@@ -334,11 +336,10 @@ def test_codes_are_read_more_sharply_beyond_the_trained_length():
         start = t if tokens[t] == DELIMITER else start
         growth = math.sqrt((2 * math.log((t - start) / 10 + 1) + 1) / (2 * math.log(200 / 10 + 1) + 1))
         factor[t] = max(1, growth) ** 3
-    for i, (q, k, found_q, found_k, *_) in enumerate(seen):
-        heads = q.size(2)
-        assert torch.equal(found_q[:, :, :heads], q) and torch.equal(found_k, torch.cat([k, k[:, :, :1]], 2))
-        expected = q[:, :, 0] * (factor[:, None] if i >= 4 else 1)
-        torch.testing.assert_close(found_q[:, :, heads], expected, rtol=1e-4, atol=1e-6)
+    for i, (layer, again) in enumerate(seen):
+        assert torch.equal(again.k_BTHD, layer.k_BTHD[:, :, :1]) and not torch.equal(again.v_BTHD, layer.v_BTHD[:, :, :1])
+        expected = layer.q_BTHD[:, :, :1] * (factor[:, None, None] if i >= 4 else 1)
+        torch.testing.assert_close(again.q_BTHD, expected, rtol=1e-4, atol=1e-6)
     moved, beyond = (a != b).any(-1), factor > 1
     assert not moved[~beyond].any() and moved[beyond].float().mean() > 0.9 and 100 < beyond.sum() < T - 300
 
@@ -359,6 +360,30 @@ def test_what_is_said_against_loops(trusting):
         for v in (0, 17, 40):
             torch.testing.assert_close(said[t] @ codes[v], sum(gate[h] * (found[t, h] @ codes[v]) / 32 for h in range(2)))
     assert (tokens[:100] == DELIMITER).sum() > 1
+
+
+def test_a_head_looks_more_sharply_where_it_has_just_been_right():
+    """Token by token: a first reading's shares of the last three tokens set the factor of the queries of a second one."""
+    module, tokens = pointers(shape=replace(SHAPE, copying=True)), documents_of(T, 3, mean_length=30)
+    documents, codes = Documents.of(tokens, DELIMITER), token_codes(128, 128, 32).double()
+    q, k, v = (noise((1, T, 3, 32), i).double() for i in range(3))
+    lists = BlockLists(*(torch.zeros(1, 3, T // BLOCK, *n, dtype=torch.int32) for n in ((), (2,))),
+                       torch.zeros(1, 3, T, 1, dtype=torch.int32))
+    first, asked, start = noise((1, T, 2, 32), 4).double() / 4, [], 0
+
+    def read(heads):
+        assert not torch.is_grad_enabled()
+        asked.append(heads)
+        return first
+
+    again = module.read_codes(Heads(q, k, v, lists), codes[tokens], documents, read, focus=0.7)
+    assert len(asked) == 1 and torch.equal(asked[0].q_BTHD, q[:, :, :2])
+    assert all(torch.equal(x, y) for x, y in zip(asked[0][1:3], again[1:3], strict=True))
+    for t in range(100):
+        start = t if tokens[t] == DELIMITER else start
+        for h in range(2):
+            right = [first[0, t - lag - 1, h] @ codes[tokens[t - lag]] / 32 for lag in range(min(3, t - start))]
+            torch.testing.assert_close(again.q_BTHD[0, t, h], q[0, t, h] * (1 + 0.7 * sum(right) / 3))
 
 
 def test_codes_tell_all_tokens_apart():

@@ -8,7 +8,8 @@ each a sharpness that every token sets, as in sharp_codes.py. QUIET, how copies 
 cap; 1, and the other logits are multiplied by 1 - sigmoid(w x - 3), w learnt from 0: where a stated value goes on, what mostly
 follows a word should not count; 3, behind the cap; 5, as 1, and w x grows with the sum of squares of what is looked at; 6, as 5
 and the gate of the copies too; 7, as 0, and the gate grows with the shares that the last eight tokens got before they came;
-9, as 7 and 1, with a gate that is the stream's times the mean of those shares, and a w x that grows with them; 10, as 7 and 1.
+9, as 7 and 1, with a gate that is the stream's times the mean of those shares, and a w x that grows with them; 10, as 7 and 1;
+11, as 10, and codes are read again, the more sharply the larger the last eight tokens' shares of a first reading.
 """
 
 import json
@@ -26,18 +27,26 @@ from torch import nn
 
 SETTINGS = ((2, 1, 8), (2, 1.3, 8), (2.5, 1, 8))
 heads = 1
+focus = None  # (a, n): codes are read again, the factor of the logits 1 + a times the mean of the last n tokens' shares
+
+
+def shares(found, codes):
+    """[B, h, T, 8], what part of its attention a head gave to each of the last eight tokens before they came."""
+    right = F.pad((found[:, :, :-1] * codes[:, None, 1:]).sum(-1) / 64, (1, 0))
+    return torch.stack([F.pad(right, (lag, 0))[..., : right.size(-1)] for lag in range(8)], -1)
 
 
 class Reader(toy.Attention):
     """The layer that searches."""
 
-    def __init__(self, learned):
+    def __init__(self, learned, again):
         super().__init__(False)
         taps = 0.2 * torch.randn(2, toy.TAPS, heads, toy.D)
         taps[:, 0] += 1
         self.taps, self.w_copy = nn.Parameter(taps), nn.Parameter(torch.zeros(heads, toy.C))
         self.w_sharp = nn.Parameter(torch.zeros(heads, toy.C), requires_grad=bool(learned))
         self.b_sharp = nn.Parameter(torch.zeros(heads), requires_grad=bool(learned))
+        self.w_again = nn.Parameter(torch.zeros(heads, 8)) if again else None
 
     def forward(self, x, ve, codes):
         B, T, C = x.shape
@@ -55,6 +64,14 @@ class Reader(toy.Attention):
         of_values, of_codes, self.claims = readable(logits.masked_fill(age < 0, float("-inf")))
         self.factor = (2 * torch.tanh(F.linear(x, self.w_sharp, self.b_sharp) / 2)).exp().mT[..., None]
         values = logits.masked_fill(~of_values, float("-inf")).softmax(-1)
+        if focus or self.w_again is not None:
+            with torch.no_grad():
+                first = (claims.sharp_codes * logits).masked_fill(~of_codes, float("-inf")).softmax(-1) @ codes[:, None]
+                right = shares(first, codes)
+        if self.w_again is not None:
+            self.factor = (2 * torch.tanh(3 * (right * self.w_again[:, None]).sum(-1) / 2)).exp()[..., None]
+        elif focus:
+            self.factor = 1 + focus[0] * right[..., : focus[1]].mean(-1, keepdim=True)
         of_codes = (claims.sharp_codes * self.factor * logits).masked_fill(~of_codes, float("-inf")).softmax(-1)
         near = (age >= 0) & (age < sharpness.WINDOW)
         rest = F.scaled_dot_product_attention(*(x[:, heads:] for x in (q, k, v)), near, scale=0.35)
@@ -65,16 +82,17 @@ class Reader(toy.Attention):
 class Model(toy.Model):
     def __init__(self, learned, quiet):
         super().__init__(0)
-        self.attn[1] = Reader(learned)
+        self.attn[1] = Reader(learned, quiet == 11)
         self.how = quiet
-        self.w_quiet = nn.Parameter(torch.zeros(toy.C)) if quiet in (1, 5, 6, 9, 10) else None
+        self.w_quiet = nn.Parameter(torch.zeros(toy.C)) if quiet in (1, 5, 6, 9, 10, 11) else None
         self.w_sure = nn.Parameter(torch.zeros(1)) if quiet in (5, 6) else None
         self.w_trust = nn.Parameter(torch.zeros(heads, 8)) if quiet >= 7 else None
         self.w_loud = nn.Parameter(torch.zeros(heads, 8)) if quiet == 9 else None
         self.v_copy = nn.Parameter(torch.zeros(heads, toy.C)) if quiet in (6, 9) else None
 
     def learnt(self):
-        return [p for p in (self.w_quiet, self.w_sure, self.w_trust, self.w_loud, self.v_copy) if p is not None]
+        return [p for p in (self.w_quiet, self.w_sure, self.w_trust, self.w_loud, self.v_copy, self.attn[1].w_again)
+                if p is not None]
 
     def forward(self, tokens):
         x = x0 = toy.norm(self.embed(tokens))
@@ -94,8 +112,7 @@ class Model(toy.Model):
             if self.v_copy is not None:
                 gates = gates + F.linear(x, self.v_copy).mT[..., None] * sure[:, None, :, None]
         if self.w_trust is not None:
-            right = F.pad((said[0][:, :, :-1] * codes[:, None, 1:]).sum(-1) / 64, (1, 0))
-            right = torch.stack([F.pad(right, (lag, 0))[..., : right.size(-1)] for lag in range(8)], -1)
+            right = shares(said[0], codes)
             gates = gates + 10 * (right * self.w_trust[:, None]).sum(-1)[..., None]
             if self.v_copy is not None:
                 gates = gates + F.linear(x, self.v_copy).mT[..., None] * right.mean(-1)[..., None]
@@ -110,6 +127,16 @@ class Model(toy.Model):
         return 30 * torch.sigmoid(z / 7.5)
 
 
+def optimizers_of(model):
+    reader, optimizers = model.attn[1], toy.make_optimizers(model)
+    if learnt := [p for p in (reader.w_sharp, reader.b_sharp, *model.learnt()) if p.requires_grad]:
+        ours = {id(p) for p in learnt}
+        for group in optimizers[0].param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in ours]
+        optimizers.append(torch.optim.Adam(learnt, lr=0.003, betas=(0.8, 0.95)))
+    return optimizers
+
+
 def main(shard, count, learned, seed, quiet=0):
     global heads
     heads, toy.Attention.forward = int(count), sharpness.forward
@@ -117,23 +144,20 @@ def main(shard, count, learned, seed, quiet=0):
     held_out = text[-400_000:]
     torch.manual_seed(int(seed))
     model, start = Model(int(learned), int(quiet)), time.time()
-    reader, optimizers = model.attn[1], toy.make_optimizers(model)
-    if learnt := [p for p in (reader.w_sharp, reader.b_sharp, *model.learnt()) if p.requires_grad]:
-        ours = {id(p) for p in learnt}
-        for group in optimizers[0].param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in ours]
-        optimizers.append(torch.optim.Adam(learnt, lr=0.003, betas=(0.8, 0.95)))
-    sharpness.train(model, optimizers, text[:-400_000], seed)
+    reader = model.attn[1]
+    sharpness.train(model, optimizers_of(model), text[:-400_000], seed)
     for length, plain, again in sharpness.sequences(held_out):
         for claims.floor, claims.sharp_codes, claims.code_blocks in SETTINGS:
             line = dict(heads=heads, learned=int(learned), how=int(quiet), seed=int(seed), length=length, floor=claims.floor,
                         codes=claims.sharp_codes)
             scores = sharpness.scores(model, length, plain, again)
-            if int(learned):
+            if int(learned) or reader.w_again is not None:
                 levels = reader.factor.transpose(0, 1).flatten(1).quantile(torch.tensor([0.05, 0.5, 0.95]), -1)
                 line["learnt"] = [[round(x, 2) for x in head] for head in levels.T.tolist()]
             if model.w_trust is not None:
                 line["trust"] = [[round(10 * w, 2) for w in head] for head in model.w_trust.tolist()]
+            if reader.w_again is not None:
+                line["again"] = [[round(3 * w, 2) for w in head] for head in reader.w_again.tolist()]
             if model.w_quiet is not None:
                 tokens, role = again[0]
                 model(tokens[:, :-1])
