@@ -208,6 +208,8 @@ class Config:
     spectral_pointer_quiet: bool = _spectral(False, "content: a learnt gate of each token lowers the output head's own logits "
                                                     "against its copies")
     spectral_pointer_trust: bool = _spectral(False, "content: copies are as loud as they have just been right")
+    spectral_pointer_shrink: float = _spectral(0.0, "content, in evaluation: standard deviations of what codes say by chance; "
+                                                    "all they say is brought nearer to 0 by that", low=0)
     spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and who searches", low=0)
 
     val_files: str = _validation("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
@@ -372,7 +374,7 @@ class Config:
             problems.append(f"SPECTRAL_POINTER_HEADS={self.spectral_pointer_heads} exceeds NUM_HEADS={self.num_heads}")
         if self.spectral_pointer_readers > self.num_heads:
             problems.append(f"SPECTRAL_POINTER_READERS={self.spectral_pointer_readers} exceeds NUM_HEADS={self.num_heads}")
-        for name in ("sharpen", "focus", "quiet", "trust"):
+        for name in ("sharpen", "focus", "quiet", "trust", "shrink"):
             value = getattr(self, f"spectral_pointer_{name}")
             if value and not self.copying:
                 problems.append(f"SPECTRAL_POINTER_{name.upper()}={value:g} goes with copies: it needs SPECTRAL_POINTER_COPY=1 "
@@ -840,9 +842,19 @@ class GPT(nn.Module):
     def logits(self, x_TC: Tensor) -> Tensor:
         if self.training and fp8_available(x_TC.device):
             z = fp8_linear(x_TC.contiguous(), self.head())[0]
+        elif self.config.spectral_pointer_shrink and not self.training:
+            x_TC, said_TD = x_TC.tensor_split([self.config.model_dim], 1)
+            z = F.linear(x_TC, self.head_w.type_as(x_TC)) + self.said_by_more_than_chance(said_TD)
         else:
             z = F.linear(x_TC, self.head().type_as(x_TC))
         return LOGIT_CAP * torch.sigmoid(z.float() / LOGIT_TEMPERATURE)
+
+    def said_by_more_than_chance(self, said_TD: Tensor) -> Tensor:
+        """[T, V]: what codes say, nearer to 0 by as many standard deviations of what they say of a token that was not read, a
+        sum of signs times D numbers, as SPECTRAL_POINTER_SHRINK says; what is smaller is not said."""
+        z = F.linear(said_TD, CODE * self.codes_VD.type_as(said_TD))
+        chance_T1 = self.config.spectral_pointer_shrink * CODE * said_TD.norm(dim=-1, keepdim=True)
+        return z - z.clamp(-chance_T1, chance_T1)
 
     def cross_entropy(self, x_TC: Tensor, targets_T: Tensor) -> Tensor:
         """Mean over the tokens, in nats."""

@@ -248,6 +248,7 @@ def test_what_points_by_itself():
     (dict(SPECTRAL_POINTER_READERS=3), "SPECTRAL_POINTER_READERS=3 exceeds NUM_HEADS=2"),
     (dict(SPECTRAL_POINTER_SHARPEN=2), "SPECTRAL_POINTER_SHARPEN=2 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_POINTER_FOCUS=0.5), "SPECTRAL_POINTER_FOCUS=0.5 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
+    (dict(SPECTRAL_POINTER_SHRINK=2), "SPECTRAL_POINTER_SHRINK=2 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_POINTER_QUIET=1), "SPECTRAL_POINTER_QUIET=1 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_POINTER_TRUST=1), "SPECTRAL_POINTER_TRUST=1 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_LANDMARK_DIM=32), "exceed the HEAD_DIM / 2 = 16 dimensions"),
@@ -412,6 +413,27 @@ def test_the_head_says_what_is_read_whatever_the_weights():
         torch.testing.assert_close(model.logits(x), 30 * torch.sigmoid(z / 7.5), rtol=0, atol=1e-4)
     assert bare.head() is bare.head_w and "codes_VD" not in model.state_dict()
     assert torch.equal(quantise_w(model.head().detach())[:, 64:].float() * FP8_W_SCALE, 0.5 * codes)  # FP8 holds them exactly
+
+
+def test_what_codes_say_by_chance_is_not_said():
+    """Token by token: as many standard deviations, of a sum of signs times what was read, as asked for."""
+    model, tokens = model_for(**COPIES, SPECTRAL_POINTER_SHRINK=2), documents_of(T, 3)
+    plain = model_for(**COPIES)
+    with torch.no_grad():
+        x, y = (m.hidden(tokens, context_of(m, tokens))[0] for m in (model, plain))
+        assert torch.equal(x, y)  # it is the head that shrinks
+        z, found = model.logits(x), 0.5 * x[:, 64:]
+        assert torch.equal(model.train().logits(x), plain.train().logits(x))  # and in evaluation alone
+    codes, silent = model.codes_VD.float(), 0
+    for t in range(100, T, 61):
+        chance = 2 * math.sqrt(sum(f * f for f in found[t].tolist()))
+        for v in range(41):
+            said = (codes[v] @ found[t]).item()
+            kept = math.copysign(max(0.0, abs(said) - chance), said)
+            silent += kept == 0
+            expected = 30 / (1 + math.exp(-((model.head_w[v] @ x[t, :64]).item() + kept) / 7.5))
+            assert z[t, v].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert 0.5 < silent / (41 * len(range(100, T, 61))) < 1
 
 
 def test_the_language_model_teaches_copies_and_begins_without():

@@ -48,7 +48,7 @@ VARIANTS = {
                                           SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
     "content, copies": dict(CONTENT, SPECTRAL_POINTER_COPY=1),
     "content, trusted copies": dict(CONTENT, SPECTRAL_POINTER_COPY=1, SPECTRAL_POINTER_QUIET=1, SPECTRAL_POINTER_TRUST=1,
-                                    SPECTRAL_POINTER_FOCUS=1),
+                                    SPECTRAL_POINTER_FOCUS=1, SPECTRAL_POINTER_SHRINK=1),
     "content, shared": dict(CONTENT, SPECTRAL_POINTER_READERS=2, SPECTRAL_WINDOW_HOLD=0.9),
     "content and bias": dict(CONTENT, SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1, SPECTRAL_QK_LAYOUT="append"),
     "pooled": CONTENT | dict(SPECTRAL_POINTER_SOURCE="pooled", SPECTRAL_POINTER_HEADS=2, SPECTRAL_POINTER_GLOBAL_BLOCKS=1),

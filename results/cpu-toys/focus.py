@@ -1,10 +1,12 @@
-"""Does it help to look more sharply, in evaluation alone, where the head that copies has just been right? A toy on the CPU.
+"""Does it help, in evaluation alone, to look more sharply where the head that copies has just been right, and not to say what
+codes say by chance? A toy on the CPU.
 
     python results/cpu-toys/focus.py SHARD SEED [QUIET [STATEMENTS]]        # 1,200 steps, then lines of JSON
 
 The toy of two_heads.py with one head and QUIET (10 if it is not said), STATEMENTS (0.085) of the training tokens in statements,
 scored with a floor of 2. Where a first reading of codes gave the last n tokens the shares r of its attention before they came,
-a second one multiplies its logits by 1 + a mean(r).
+a second one multiplies its logits by 1 + a mean(r). SHRINK: what codes say comes nearer to 0 by so many standard deviations of
+what they say of tokens that were not read.
 """
 
 import json
@@ -17,7 +19,9 @@ import torch
 import two_heads
 from tied_head import common_text
 
-SETTINGS = (None, (0.5, 1), (1, 1), (0.5, 3), (1, 3), (2, 3), (1, 6))
+FOCUS = (None, (0.5, 1), (1, 1), (0.5, 3), (1, 3), (2, 3), (1, 6))  # (a, n)
+SETTINGS = [*((0, focus) for focus in FOCUS), (0.5, None), (1, None), (1.5, None), (2, None), (2.5, None), (3, None),
+            (1, (0.5, 3)), (1, (1, 3))]  # (SHRINK, focus)
 
 
 def main(shard, seed, quiet=10, statements=0.085):
@@ -27,8 +31,9 @@ def main(shard, seed, quiet=10, statements=0.085):
     model, start = two_heads.Model(0, int(quiet)), time.time()
     sharpness.train(model, two_heads.optimizers_of(model), text[:-400_000], seed, statements=float(statements))
     for length, plain, again in sharpness.sequences(text[-400_000:]):
-        for two_heads.focus in SETTINGS:
-            line = dict(seed=int(seed), how=int(quiet), statements=float(statements), length=length, focus=two_heads.focus)
+        for two_heads.shrink, two_heads.focus in SETTINGS:
+            line = dict(seed=int(seed), how=int(quiet), statements=float(statements), length=length, shrink=two_heads.shrink,
+                        focus=two_heads.focus)
             line |= sharpness.scores(model, length, plain, again)
             print(json.dumps(line | dict(seconds=round(time.time() - start))), flush=True)
 

@@ -27,12 +27,18 @@ from torch import nn
 
 SETTINGS = ((2, 1, 8), (2, 1.3, 8), (2.5, 1, 8))
 heads = 1
+through = False  # the gradient passes the shrinking as if there were none
+shrink = 0  # standard deviations of what codes say by chance, by which all that they say is brought nearer to 0
 focus = None  # (a, n): codes are read again, the factor of the logits 1 + a times the mean of the last n tokens' shares
+
+
+def softshrink(x, by):
+    return x - x.clamp(-by, by)
 
 
 def shares(found, codes):
     """[B, h, T, 8], what part of its attention a head gave to each of the last eight tokens before they came."""
-    right = F.pad((found[:, :, :-1] * codes[:, None, 1:]).sum(-1) / 64, (1, 0))
+    right = F.pad((found[:, :, :-1] * codes[:, None, 1:]).sum(-1) / codes.size(-1), (1, 0))
     return torch.stack([F.pad(right, (lag, 0))[..., : right.size(-1)] for lag in range(8)], -1)
 
 
@@ -107,7 +113,7 @@ class Model(toy.Model):
         gates = F.linear(x, self.attn[1].w_copy).mT[..., None]
         own, quiet = x, None if self.w_quiet is None else x @ self.w_quiet - 3
         if self.w_sure is not None:
-            sure = said[0].square().sum(-1).sum(1) / 64
+            sure = said[0].square().sum(-1).sum(1) / codes.size(-1)
             quiet = quiet + 10 * self.w_sure * sure
             if self.v_copy is not None:
                 gates = gates + F.linear(x, self.v_copy).mT[..., None] * sure[:, None, :, None]
@@ -120,7 +126,11 @@ class Model(toy.Model):
         if quiet is not None:
             self.quiet = quiet.sigmoid()[..., None]
             own = x * (1 - self.quiet)
-        copied = F.linear((gates * said[0]).sum(1) / 64, self.codes)
+        F_BTD = (gates * said[0]).sum(1)
+        copied = F.linear(F_BTD / codes.size(-1), self.codes)
+        if shrink:
+            less = softshrink(copied, shrink * F_BTD.norm(dim=-1, keepdim=True) / codes.size(-1))
+            copied = copied + (less - copied).detach() if through else less
         if self.how == 3:
             return 30 * torch.sigmoid(F.linear(own, self.head_w) / 7.5) + copied
         z = F.linear(own, self.head_w) + copied
