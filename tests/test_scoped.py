@@ -606,10 +606,10 @@ def test_refusal(name, settings, tmp_path, capfd):
 
 
 def test_a_run_that_started_from_loaded_weights_is_resumed_by_the_same_command(settings, logs, finished):
-    variables = settings | ARM_A | dict(RUN_NAME="again", RESUME="auto", LOAD_CHECKPOINT=finished.A / "state_step000010.pt",
+    variables = settings | ARM_A | dict(RUN_NAME="loaded", RESUME="auto", LOAD_CHECKPOINT=finished.A / "state_step000010.pt",
                                         NUM_ITERATIONS=2, CHECKPOINT_EVERY=1)
     main(variables)
-    directory = logs / "again"
+    directory = logs / "loaded"
     whole = losses(directory, "train_loss")
     assert whole[1] < losses(finished.A, "train_loss")[1]  # against fresh weights
     (directory / "state_step000002.pt").unlink()
