@@ -261,10 +261,11 @@ def listed(setting: Setting, backend: str, layout: str | None, window: bool = Fa
         both_directions=lambda x: select(x.delta_BHTM, x.documents, True))
 
 
-def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool = False, copying: bool = True) -> Cell:
+def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool = False, copying: bool = True,
+            focus: float = 0.0) -> Cell:
     """Content pointers: `tokens` of a block search; `shared`: all heads read what is found; `copying`: pointer heads read codes
-    too, here added to their values, so that one gradient reaches both. No log-odds are too low here, so on random data the
-    threshold of the blocks before fills the lists. `ms` holds the selection too."""
+    too, here added to their values, so that one gradient reaches both, and with a `focus` they do so twice. No log-odds are too
+    low here, so on random data the threshold of the blocks before fills the lists. `ms` holds the selection too."""
     shape = ContentShape(head_dim=D, asking=tokens, floor=-math.inf, readers=H * shared, copying=copying)
     module = ContentPointers(shape, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(module.w_ask, generator=torch.Generator().manual_seed(1))
@@ -287,7 +288,7 @@ def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool
         heads = Heads(q, k, v, choose(marks, documents))
         if not copying:
             return read(heads)
-        y, found = read(heads.beside(module.read_codes(heads, codes_TD, documents, read))).tensor_split([H], 2)
+        y, found = read(heads.beside(module.read_codes(heads, codes_TD, documents, read, focus=focus))).tensor_split([H], 2)
         return torch.cat([y[:, :, : shape.heads] + found, y[:, :, shape.heads :]], 2)
 
     def layer(q, k, v, documents):
@@ -303,9 +304,9 @@ def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool
     learnt = (module.w_query, module.w_key)
 
     def blocks(num_BHN):  # a head's; those of a pointer head twice where it copies
-        return (num_BHN.sum(1) + copying * num_BHN[:, : shape.heads].sum(1)).float().mean().item() / H
+        return (num_BHN.sum(1) + (copying + bool(focus)) * num_BHN[:, : shape.heads].sum(1)).float().mean().item() / H
 
-    extras = " (all read what is found)" * shared + ", with copies" * copying
+    extras = " (all read what is found)" * shared + ", with copies" * copying + ", codes read twice" * bool(focus)
     return Cell(
         inputs, blocks=statistics.fmean(blocks(x.lists.num_BHN) for x in inputs),
         attend=setting.run(lambda x: operator(*x[:3], x.coefficients, x.documents), lambda x: x[:3]),
@@ -368,6 +369,7 @@ VARIANTS: dict[str, Callable[[Setting], Cell]] = {
     "triton_fold": lambda s: listed(s, "triton", "fold"),
     "triton_nobias": lambda s: listed(s, "triton", None),
     "content": lambda s: content(s, ContentShape.asking),
+    "content_focused": lambda s: content(s, ContentShape.asking, focus=0.5),
     "content_values": lambda s: content(s, ContentShape.asking, copying=False),
     "content_shared": lambda s: content(s, ContentShape.asking, shared=True),
     "content_exact": lambda s: content(s, BLOCK),

@@ -249,15 +249,19 @@ def test_whole_model_is_the_same_on_both_backends():
 
 @pytest.mark.skipif(not CUDA, reason="the compiled path of a GPU")
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("source", "bias"), [("offset", 1), ("content", 0), ("content", 1), ("mixed", 1), ("pooled", 0)])
-def test_the_compiled_model_is_strictly_causal(source, bias, training):
-    """Tokens from t on change: nothing before t moves by a bit."""
+@pytest.mark.parametrize(("source", "bias", "loud"), [("offset", 1, 0), ("content", 0, 0), ("content", 1, 0), ("mixed", 1, 0),
+                                                      ("pooled", 0, 0), ("content", 0, 1), ("content", 1, 1)])
+def test_the_compiled_model_is_strictly_causal(source, bias, loud, training):
+    """Tokens from t on change: nothing before t moves by a bit. `loud`: copies with all that can be had."""
     T, vocabulary = 4096, 512
     settings = dict(VOCAB_SIZE=vocabulary, DOC_DELIMITER=511, NUM_LAYERS=4, NUM_HEADS=4, HEAD_DIM=128, MODEL_DIM=256,
                     TRAIN_SEQ_LEN=T, BATCH_TOKENS=T, VAL_SEQ_LEN=T, VAL_TOKENS=T, NUM_ITERATIONS=100, SPECTRAL_BIAS=bias,
                     SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE=source, SPECTRAL_POINTER_NEAR_BLOCKS=2,
                     SPECTRAL_POINTER_LOCAL_BLOCKS=2, SPECTRAL_POINTER_FLOOR=-30, SPECTRAL_POINTER_READERS=(1 - bias) * 2,
                     SPECTRAL_WINDOW_HOLD=0.9)
+    if loud:
+        settings |= dict(SPECTRAL_POINTER_QUIET=1, SPECTRAL_POINTER_TRUST=1, SPECTRAL_POINTER_FOCUS=0.5,
+                         SPECTRAL_POINTER_SHRINK=1)
     config = S.Config.from_environment({name: str(value) for name, value in settings.items()})
     model, generator = S.build_model(config, torch.device(DEVICE)).train(training), torch.Generator(DEVICE).manual_seed(0)
     with torch.no_grad():
@@ -265,11 +269,11 @@ def test_the_compiled_model_is_strictly_causal(source, bias, training):
             p += 0.05 * torch.randn(p.shape, device=DEVICE, generator=generator)
     model.use_backend("triton")
     torch.compiler.reset()
-    hidden = torch.compile(lambda tokens, context: model.hidden(tokens, context)[0], dynamic=False, fullgraph=True)
+    logits = torch.compile(lambda *x: model.logits(model.hidden(*x)[0]), dynamic=False, fullgraph=True)
 
     def run(tokens):
         with torch.no_grad():
-            return hidden(tokens, S.Schedule(config, 60, 100).context(tokens, training, "triton"))
+            return logits(tokens, S.Schedule(config, 60, 100).context(tokens, training, "triton"))
 
     tokens = torch.randint(0, vocabulary - 1, (T,), device=DEVICE, generator=generator, dtype=torch.int32)
     tokens[1300] = 511  # a second document
