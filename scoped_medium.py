@@ -71,7 +71,6 @@ from model.attention import (
     TRITON_HEAD_DIMS,
     BlockLists,
     Documents,
-    pointer_attention,
     prepare,
 )
 from model.attn_bias import (
@@ -193,23 +192,23 @@ class Config:
                                                    "noise (scale-invariant attention)")
     spectral_pointer_floor: float = _spectral(2.0, "content: log-odds of a block, over those of an average one of the "
                                                    "past, below which it is not read")
-    spectral_pointer_floor_growth: float = _spectral(0.25, "content: growth of this floor with the logarithm of the past "
+    spectral_pointer_floor_growth: float = _spectral(0.0, "content: growth of this floor with the logarithm of the past "
                                                            "beyond SPECTRAL_L_TRAIN; 1: log-odds stay what they are there",
                                                      low=0, high=1)
     spectral_pointer_asking: int = _spectral(16, "content: tokens of a block that search, at most; in training all do",
                                              low=16, high=BLOCK)
     spectral_pointer_sharpen: float = _spectral(0.0, "content: power of the length scale's growth beyond SPECTRAL_L_TRAIN "
                                                      "tokens by which logits grow where copies are read; 0: they do not", low=0)
-    spectral_pointer_focus: float = _spectral(0.0, "content, in evaluation: part by which logits grow where codes are read, "
+    spectral_pointer_focus: float = _spectral(0.5, "content, in evaluation: part by which logits grow where codes are read, "
                                                    "if the last tokens were found just before they came", low=0)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
     spectral_pointer_copy: bool = _spectral(True, "content: heads that search read, beside values, which tokens stand there, "
                                                  "and the output head says them, however rarely training does")
-    spectral_pointer_quiet: bool = _spectral(False, "content: a learnt gate of each token lowers the output head's own logits "
+    spectral_pointer_quiet: bool = _spectral(True, "content: a learnt gate of each token lowers the output head's own logits "
                                                     "against its copies")
-    spectral_pointer_trust: bool = _spectral(False, "content: copies are as loud as they have just been right")
-    spectral_pointer_shrink: float = _spectral(0.0, "content, in evaluation: standard deviations of what codes say by chance; "
-                                                    "all they say is brought nearer to 0 by that", low=0)
+    spectral_pointer_trust: bool = _spectral(True, "content: copies are as loud as they have just been right")
+    spectral_pointer_shrink: float = _spectral(1.0, "content, in evaluation: standard deviations of what codes say by chance "
+                                                    "that they do not say", low=0, high=3)
     spectral_reg_landmark: float = _spectral(1.0, "content: weight of the losses that teach landmarks and who searches", low=0)
 
     val_files: str = _validation("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
@@ -374,9 +373,9 @@ class Config:
             problems.append(f"SPECTRAL_POINTER_HEADS={self.spectral_pointer_heads} exceeds NUM_HEADS={self.num_heads}")
         if self.spectral_pointer_readers > self.num_heads:
             problems.append(f"SPECTRAL_POINTER_READERS={self.spectral_pointer_readers} exceeds NUM_HEADS={self.num_heads}")
-        for name in ("sharpen", "focus", "quiet", "trust", "shrink"):
+        for name in ("sharpen", "focus", "shrink"):
             value = getattr(self, f"spectral_pointer_{name}")
-            if value and not self.copying:
+            if value not in (0, getattr(Config, f"spectral_pointer_{name}")) and not self.copying:
                 problems.append(f"SPECTRAL_POINTER_{name.upper()}={value:g} goes with copies: it needs SPECTRAL_POINTER_COPY=1 "
                                 "and landmarks (not pooled)")
         if self.pooled and self.head_dim // 2 not in POINTER_DIMS:
@@ -675,9 +674,7 @@ class Attention(nn.Module):
         v = lambdas[0] * v if ve is None else lambdas[0] * v + lambdas[1] * ve.view_as(v)
 
         def read(heads: Heads) -> Tensor:
-            q, k, v = (t.transpose(1, 2) for t in heads[:3])
-            return pointer_attention(q, k, v, heads.lists, documents, scale=ATTENTION_SCALE, backend=self.backend,
-                                     bias=heads.bias)[0].transpose(1, 2)
+            return heads.read(documents, ATTENTION_SCALE, self.backend)
 
         heads = Heads(q, k, v, lists, bias)
         if self.content is None or codes_TD is None:
@@ -842,7 +839,7 @@ class GPT(nn.Module):
     def logits(self, x_TC: Tensor) -> Tensor:
         if self.training and fp8_available(x_TC.device):
             z = fp8_linear(x_TC.contiguous(), self.head())[0]
-        elif self.config.spectral_pointer_shrink and not self.training:
+        elif self.config.copying and self.config.spectral_pointer_shrink and not self.training:
             x_TC, said_TD = x_TC.tensor_split([self.config.model_dim], 1)
             z = F.linear(x_TC, self.head_w.type_as(x_TC)) + self.said_by_more_than_chance(said_TD)
         else:
@@ -850,11 +847,13 @@ class GPT(nn.Module):
         return LOGIT_CAP * torch.sigmoid(z.float() / LOGIT_TEMPERATURE)
 
     def said_by_more_than_chance(self, said_TD: Tensor) -> Tensor:
-        """[T, V]: what codes say, nearer to 0 by as many standard deviations of what they say of a token that was not read, a
-        sum of signs times D numbers, as SPECTRAL_POINTER_SHRINK says; what is smaller is not said."""
+        """[T, V]: what codes say, nearer to 0 by SPECTRAL_POINTER_SHRINK standard deviations of what they say of a token that
+        was not read, a sum of signs times D numbers; what is smaller is not said. Then all of it is multiplied by what gives a
+        token that has the whole attention its gate again."""
+        deviations = self.config.spectral_pointer_shrink
         z = F.linear(said_TD, CODE * self.codes_VD.type_as(said_TD))
-        chance_T1 = self.config.spectral_pointer_shrink * CODE * said_TD.norm(dim=-1, keepdim=True)
-        return z - z.clamp(-chance_T1, chance_T1)
+        chance_T1 = deviations * CODE * said_TD.norm(dim=-1, keepdim=True)
+        return (z - z.clamp(-chance_T1, chance_T1)) / (1 - deviations * self.config.head_dim**-0.5)
 
     def cross_entropy(self, x_TC: Tensor, targets_T: Tensor) -> Tensor:
         """Mean over the tokens, in nats."""

@@ -282,8 +282,7 @@ def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool
 
     def attend(q, k, v, marks, documents):
         def read(heads):
-            q, k, v = (x.transpose(1, 2) for x in heads[:3])
-            return pointer_attention(q, k, v, heads.lists, documents, scale=SCALE, backend=backend)[0].transpose(1, 2)
+            return heads.read(documents, SCALE, backend)
 
         heads = Heads(q, k, v, choose(marks, documents))
         if not copying:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import BLOCK, BlockLists, Documents
+from model.attention import BLOCK, BlockLists, Documents, pointer_attention
 from model.selection import Claims, admit, append_claims, ask, content_lists, far_end, odds_floor, search
 
 CODE = 0.5  # of an entry of a code in the head's weight: FP8 holds it exactly
@@ -92,6 +92,12 @@ class Heads(NamedTuple):
     v_BTHD: Tensor
     lists: BlockLists
     bias: Any = None  # a model.attn_bias.BiasCoefficients
+
+    def read(self, documents: Documents, scale: float, backend: str) -> Tensor:
+        """[B, T, H, D], the attention."""
+        q, k, v = (x.transpose(1, 2) for x in self[:3])
+        y, _ = pointer_attention(q, k, v, self.lists, documents, scale=scale, backend=backend, bias=self.bias)
+        return y.transpose(1, 2)
 
     def first(self, P: int) -> "Heads":
         q, k, v = (x[:, :, :P] for x in self[:3])

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import scoped_medium as S
 from data.shards import write_shard
-from model import attention, attn_bias
+from model import attention, attn_bias, content
 from model.attention import BLOCK, BlockLists, Documents
 from model.attn_bias import CENTRE_EDGES, DELTA_EDGES, LayerTelemetry, PositionTables, Prediction, SpectralBias, SpectralShape
 
@@ -47,8 +47,8 @@ VARIANTS = {
     "content, every head and token": dict(CONTENT, SPECTRAL_POINTER_HEADS=2, SPECTRAL_POINTER_ASKING=128,
                                           SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
     "content, copies": dict(CONTENT, SPECTRAL_POINTER_COPY=1),
-    "content, trusted copies": dict(CONTENT, SPECTRAL_POINTER_COPY=1, SPECTRAL_POINTER_QUIET=1, SPECTRAL_POINTER_TRUST=1,
-                                    SPECTRAL_POINTER_FOCUS=1, SPECTRAL_POINTER_SHRINK=1),
+    "content, bare copies": dict(CONTENT, SPECTRAL_POINTER_COPY=1, SPECTRAL_POINTER_QUIET=0, SPECTRAL_POINTER_TRUST=0,
+                                 SPECTRAL_POINTER_FOCUS=0, SPECTRAL_POINTER_SHRINK=0),
     "content, shared": dict(CONTENT, SPECTRAL_POINTER_READERS=2, SPECTRAL_WINDOW_HOLD=0.9),
     "content and bias": dict(CONTENT, SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1, SPECTRAL_QK_LAYOUT="append"),
     "pooled": CONTENT | dict(SPECTRAL_POINTER_SOURCE="pooled", SPECTRAL_POINTER_HEADS=2, SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
@@ -218,13 +218,13 @@ def test_score_end_scores_the_last_tokens():
 @contextlib.contextmanager
 def recorded_lists():
     """The (lists, long window?) of every attention layer that runs inside, in order."""
-    seen, attend = [], S.pointer_attention
+    seen, attend = [], content.pointer_attention
 
     def record(q, k, v, lists, documents, **options):
         seen.append(lists)
         return attend(q, k, v, lists, documents, **options)
 
-    with mock.patch.object(S, "pointer_attention", record):
+    with mock.patch.object(content, "pointer_attention", record):
         yield seen
 
 

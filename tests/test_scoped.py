@@ -29,6 +29,7 @@ import torch
 
 import baseline
 import lifecycle
+import model.content
 import scoped_medium as S
 from data.shards import write_shard
 
@@ -847,14 +848,14 @@ def test_blocks_per_query_are_those_that_attention_reads(arm, settings, tmp_path
     """Averaged over eight layers, of which one has no attention and some have the short window."""
     trainer = trainer_for(settings, tmp_path, **ARMS[arm], NUM_LAYERS=8, VAL_SEQ_LEN=1024, SCOPE_LOG_EVERY=0)
     trainer.step = 3
-    seen, attend = [], S.pointer_attention
+    seen, attend = [], model.content.pointer_attention
 
     def record(q, k, v, lists, documents, **options):
         seen.append(np.mean([len(set(row[:n].tolist())) for row, n in zip(
             lists.idx_BHNW.flatten(0, 2), lists.num_BHN.flatten().tolist(), strict=True)]))
         return attend(q, k, v, lists, documents, **options)
 
-    monkeypatch.setattr(S, "pointer_attention", record)
+    monkeypatch.setattr(model.content, "pointer_attention", record)
     trainer.validate()
     assert len(seen) == 7 and len(set(seen)) > 1
     assert S.mean_listed_blocks(trainer) == pytest.approx(np.mean(seen))

@@ -6,7 +6,8 @@ codes say by chance? A toy on the CPU.
 The toy of two_heads.py with one head and QUIET (10 if it is not said), STATEMENTS (0.085) of the training tokens in statements,
 scored with a floor of 2. Where a first reading of codes gave the last n tokens the shares r of its attention before they came,
 a second one multiplies its logits by 1 + a mean(r). SHRINK: what codes say comes nearer to 0 by so many standard deviations of
-what they say of tokens that were not read.
+what they say of tokens that were not read. Fair: and is then multiplied by what gives a token that has all of the attention
+its gate again.
 """
 
 import json
@@ -20,8 +21,9 @@ import two_heads
 from tied_head import common_text
 
 FOCUS = (None, (0.5, 1), (1, 1), (0.5, 3), (1, 3), (2, 3), (1, 6))  # (a, n)
-SETTINGS = [*((0, focus) for focus in FOCUS), (0.5, None), (1, None), (1.5, None), (2, None), (2.5, None), (3, None),
-            (1, (0.5, 3)), (1, (1, 3))]  # (SHRINK, focus)
+SETTINGS = [*((0, focus, False) for focus in FOCUS), *((k, None, False) for k in (0.5, 1, 1.5, 2, 2.5, 3)),
+            (1, (0.5, 3), False), (1, (1, 3), False), (1, None, True), (1, (0.5, 3), True), (1, (1, 3), True),
+            (1.5, (0.5, 3), True)]  # (SHRINK, focus, fair)
 
 
 def main(shard, seed, quiet=10, statements=0.085):
@@ -31,9 +33,9 @@ def main(shard, seed, quiet=10, statements=0.085):
     model, start = two_heads.Model(0, int(quiet)), time.time()
     sharpness.train(model, two_heads.optimizers_of(model), text[:-400_000], seed, statements=float(statements))
     for length, plain, again in sharpness.sequences(text[-400_000:]):
-        for two_heads.shrink, two_heads.focus in SETTINGS:
+        for two_heads.shrink, two_heads.focus, two_heads.fair in SETTINGS:
             line = dict(seed=int(seed), how=int(quiet), statements=float(statements), length=length, shrink=two_heads.shrink,
-                        focus=two_heads.focus)
+                        focus=two_heads.focus, fair=two_heads.fair)
             line |= sharpness.scores(model, length, plain, again)
             print(json.dumps(line | dict(seconds=round(time.time() - start))), flush=True)
 

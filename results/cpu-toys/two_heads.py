@@ -29,6 +29,7 @@ SETTINGS = ((2, 1, 8), (2, 1.3, 8), (2.5, 1, 8))
 heads = 1
 through = False  # the gradient passes the shrinking as if there were none
 shrink = 0  # standard deviations of what codes say by chance, by which all that they say is brought nearer to 0
+fair = False  # and then multiplied by what gives a token that has all of the attention its gate again
 focus = None  # (a, n): codes are read again, the factor of the logits 1 + a times the mean of the last n tokens' shares
 
 
@@ -130,6 +131,7 @@ class Model(toy.Model):
         copied = F.linear(F_BTD / codes.size(-1), self.codes)
         if shrink:
             less = softshrink(copied, shrink * F_BTD.norm(dim=-1, keepdim=True) / codes.size(-1))
+            less = less / (1 - fair * shrink * codes.size(-1) ** -0.5)
             copied = copied + (less - copied).detach() if through else less
         if self.how == 3:
             return 30 * torch.sigmoid(F.linear(own, self.head_w) / 7.5) + copied
