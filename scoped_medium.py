@@ -199,8 +199,8 @@ class Config:
                                              low=16, high=BLOCK)
     spectral_pointer_sharpen: float = _spectral(0.0, "content: power of the length scale's growth beyond SPECTRAL_L_TRAIN "
                                                      "tokens by which logits grow where copies are read; 0: they do not", low=0)
-    spectral_pointer_focus: float = _spectral(0.5, "content, in evaluation: part by which logits grow where codes are read, "
-                                                   "if the last tokens were found just before they came", low=0)
+    spectral_pointer_focus: float = _spectral(1.0, "content, in evaluation: part by which logits grow where codes are read, "
+                                                   "if the last three tokens were found just before they came", low=0)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
     spectral_pointer_copy: bool = _spectral(True, "content: heads that search read, beside values, which tokens stand there, "
                                                  "and the output head says them, however rarely training does")

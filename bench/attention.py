@@ -368,7 +368,7 @@ VARIANTS: dict[str, Callable[[Setting], Cell]] = {
     "triton_fold": lambda s: listed(s, "triton", "fold"),
     "triton_nobias": lambda s: listed(s, "triton", None),
     "content": lambda s: content(s, ContentShape.asking),
-    "content_focused": lambda s: content(s, ContentShape.asking, focus=0.5),
+    "content_focused": lambda s: content(s, ContentShape.asking, focus=1.0),
     "content_values": lambda s: content(s, ContentShape.asking, copying=False),
     "content_shared": lambda s: content(s, ContentShape.asking, shared=True),
     "content_exact": lambda s: content(s, BLOCK),

@@ -23,7 +23,6 @@ from model.selection import Claims, admit, append_claims, ask, content_lists, fa
 CODE = 0.5  # of an entry of a code in the head's weight: FP8 holds it exactly
 TAPS = 8  # tokens that the query and the key of a head that reads claims see
 TRUST = 10.0  # of a gate, for a head that was right with all of its attention, times a weight
-FOCUS_TOKENS = 3  # whose shares say how sharply codes are read
 LEAST_PAST = 512  # tokens of its document that a sampled row must have behind it
 LOSSES = ("landmark_kl", "ask_bce")
 
@@ -234,16 +233,17 @@ class ContentPointers(nn.Module):
     def read_codes(self, heads: Heads, codes_TD: Tensor, documents: Documents, read: Callable[[Heads], Tensor],
                    sharpness_T: Tensor | None = None, focus: float = 0.0) -> Heads:
         """The pointer heads once more, on the tokens' codes instead of values. Their queries, landmarks folded in, are
-        multiplied by the sharpness, and by 1 + focus times the mean share, by a first reading, of the last FOCUS_TOKENS."""
+        multiplied by the sharpness, and by 1 + focus times the mean of the shares, by a first reading, of the last token, of
+        the last two (their product) and of the last three."""
         again = heads.first(self.shape.heads)
         again = again._replace(v_BTHD=codes_TD[None, :, None].expand(len(again.q_BTHD), -1, self.shape.heads, -1))
         if sharpness_T is not None:
             again = again._replace(q_BTHD=again.q_BTHD * sharpness_T[:, None, None].type_as(again.q_BTHD))
         if focus:
             with torch.no_grad():
-                right_TPn = self.trust(read(again)[0], codes_TD, documents)
-                factor_TP1 = 1 + focus * right_TPn[..., :FOCUS_TOKENS].mean(-1, keepdim=True)
-            again = again._replace(q_BTHD=again.q_BTHD * factor_TP1)
+                a_TP, b_TP, c_TP = self.trust(read(again)[0], codes_TD, documents)[..., :3].unbind(-1)
+                run_TP = a_TP * (1 + b_TP * (1 + c_TP)) / 3
+            again = again._replace(q_BTHD=again.q_BTHD * (1 + focus * run_TP)[..., None])
         return again
 
     def say(self, x_TC: Tensor, found_TPD: Tensor, codes_TD: Tensor, documents: Documents) -> Tensor:

@@ -368,7 +368,7 @@ def test_a_head_looks_more_sharply_where_it_has_just_been_right():
     q, k, v = (noise((1, T, 3, 32), i).double() for i in range(3))
     lists = BlockLists(*(torch.zeros(1, 3, T // BLOCK, *n, dtype=torch.int32) for n in ((), (2,))),
                        torch.zeros(1, 3, T, 1, dtype=torch.int32))
-    first, asked, start = noise((1, T, 2, 32), 4).double() / 4, [], 0
+    first, asked, start = 2 * noise((1, T, 2, 32), 4).double(), [], 0
 
     def read(heads):
         assert not torch.is_grad_enabled()
@@ -381,8 +381,11 @@ def test_a_head_looks_more_sharply_where_it_has_just_been_right():
     for t in range(100):
         start = t if tokens[t] == DELIMITER else start
         for h in range(2):
-            right = [first[0, t - lag - 1, h] @ codes[tokens[t - lag]] / 32 for lag in range(min(3, t - start))]
-            torch.testing.assert_close(again.q_BTHD[0, t, h], q[0, t, h] * (1 + 0.7 * sum(right) / 3))
+            run, runs = 1, 0
+            for lag in range(min(3, t - start)):
+                run = run * (first[0, t - lag - 1, h] @ codes[tokens[t - lag]] / 32)
+                runs = runs + run
+            torch.testing.assert_close(again.q_BTHD[0, t, h], q[0, t, h] * (1 + 0.7 * runs / 3))
 
 
 def test_codes_tell_all_tokens_apart():

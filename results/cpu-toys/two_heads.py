@@ -9,7 +9,8 @@ cap; 1, and the other logits are multiplied by 1 - sigmoid(w x - 3), w learnt fr
 follows a word should not count; 3, behind the cap; 5, as 1, and w x grows with the sum of squares of what is looked at; 6, as 5
 and the gate of the copies too; 7, as 0, and the gate grows with the shares that the last eight tokens got before they came;
 9, as 7 and 1, with a gate that is the stream's times the mean of those shares, and a w x that grows with them; 10, as 7 and 1;
-11, as 10, and codes are read again, the more sharply the larger the last eight tokens' shares of a first reading.
+11, as 10, and codes are read again, the more sharply the larger the last eight tokens' shares of a first reading; 12, as 10,
+with the products of the last 1, ..., 8 shares instead of single ones.
 """
 
 import json
@@ -30,7 +31,8 @@ heads = 1
 through = False  # the gradient passes the shrinking as if there were none
 shrink = 0  # standard deviations of what codes say by chance, by which all that they say is brought nearer to 0
 fair = False  # and then multiplied by what gives a token that has all of the attention its gate again
-focus = None  # (a, n): codes are read again, the factor of the logits 1 + a times the mean of the last n tokens' shares
+focus = None  # (a, n): codes are read again, the factor of the logits 1 + a times the mean of the last n tokens' shares, or
+runs = False  # of the products of the last 1, ..., n
 
 
 def softshrink(x, by):
@@ -78,7 +80,8 @@ class Reader(toy.Attention):
         if self.w_again is not None:
             self.factor = (2 * torch.tanh(3 * (right * self.w_again[:, None]).sum(-1) / 2)).exp()[..., None]
         elif focus:
-            self.factor = 1 + focus[0] * right[..., : focus[1]].mean(-1, keepdim=True)
+            right = right[..., : focus[1]]
+            self.factor = 1 + focus[0] * (right.cumprod(-1) if runs else right).mean(-1, keepdim=True)
         of_codes = (claims.sharp_codes * self.factor * logits).masked_fill(~of_codes, float("-inf")).softmax(-1)
         near = (age >= 0) & (age < sharpness.WINDOW)
         rest = F.scaled_dot_product_attention(*(x[:, heads:] for x in (q, k, v)), near, scale=0.35)
@@ -91,7 +94,7 @@ class Model(toy.Model):
         super().__init__(0)
         self.attn[1] = Reader(learned, quiet == 11)
         self.how = quiet
-        self.w_quiet = nn.Parameter(torch.zeros(toy.C)) if quiet in (1, 5, 6, 9, 10, 11) else None
+        self.w_quiet = nn.Parameter(torch.zeros(toy.C)) if quiet in (1, 5, 6, 9, 10, 11, 12) else None
         self.w_sure = nn.Parameter(torch.zeros(1)) if quiet in (5, 6) else None
         self.w_trust = nn.Parameter(torch.zeros(heads, 8)) if quiet >= 7 else None
         self.w_loud = nn.Parameter(torch.zeros(heads, 8)) if quiet == 9 else None
@@ -120,6 +123,7 @@ class Model(toy.Model):
                 gates = gates + F.linear(x, self.v_copy).mT[..., None] * sure[:, None, :, None]
         if self.w_trust is not None:
             right = shares(said[0], codes)
+            right = right.clamp(0, 1).cumprod(-1) if self.how == 12 else right
             gates = gates + 10 * (right * self.w_trust[:, None]).sum(-1)[..., None]
             if self.v_copy is not None:
                 gates = gates + F.linear(x, self.v_copy).mT[..., None] * right.mean(-1)[..., None]
