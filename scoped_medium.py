@@ -192,13 +192,8 @@ class Config:
                                                    "noise (scale-invariant attention)")
     spectral_pointer_floor: float = _spectral(2.0, "content: log-odds of a block, over those of an average one of the "
                                                    "past, below which it is not read")
-    spectral_pointer_floor_growth: float = _spectral(0.0, "content: growth of this floor with the logarithm of the past "
-                                                           "beyond SPECTRAL_L_TRAIN; 1: log-odds stay what they are there",
-                                                     low=0, high=1)
     spectral_pointer_asking: int = _spectral(16, "content: tokens of a block that search, at most; in training all do",
                                              low=16, high=BLOCK)
-    spectral_pointer_sharpen: float = _spectral(0.0, "content: power of the length scale's growth beyond SPECTRAL_L_TRAIN "
-                                                     "tokens by which logits grow where copies are read; 0: they do not", low=0)
     spectral_pointer_focus: float = _spectral(1.0, "content, in evaluation: part by which logits grow where codes are read, "
                                                    "if the last three tokens were found just before they came", low=0)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
@@ -373,7 +368,7 @@ class Config:
             problems.append(f"SPECTRAL_POINTER_HEADS={self.spectral_pointer_heads} exceeds NUM_HEADS={self.num_heads}")
         if self.spectral_pointer_readers > self.num_heads:
             problems.append(f"SPECTRAL_POINTER_READERS={self.spectral_pointer_readers} exceeds NUM_HEADS={self.num_heads}")
-        for name in ("sharpen", "focus", "shrink"):
+        for name in ("focus", "shrink"):
             value = getattr(self, f"spectral_pointer_{name}")
             if value not in (0, getattr(Config, f"spectral_pointer_{name}")) and not self.copying:
                 problems.append(f"SPECTRAL_POINTER_{name.upper()}={value:g} goes with copies: it needs SPECTRAL_POINTER_COPY=1 "
@@ -423,10 +418,8 @@ class Config:
     def content_shape(self) -> ContentShape:
         return ContentShape(self.spectral_pointer_heads, self.head_dim, self.model_dim, self.spectral_landmark_dim,
                             self.spectral_pointer_asking, self.spectral_pointer_far_blocks,
-                            -math.inf if self.pooled else self.spectral_pointer_floor, self.spectral_pointer_floor_growth,
-                            max(1, (self.spectral_l_train or self.train_seq_len) // BLOCK),
-                            readers=self.spectral_pointer_readers, pooled=self.pooled, copying=self.copying,
-                            trusting=self.copying and self.spectral_pointer_trust)
+                            -math.inf if self.pooled else self.spectral_pointer_floor, readers=self.spectral_pointer_readers,
+                            pooled=self.pooled, copying=self.copying, trusting=self.copying and self.spectral_pointer_trust)
 
     def spectral_layer_ids(self) -> set[int]:
         """Layers with the bias, the pointers, or both."""
@@ -680,10 +673,8 @@ class Attention(nn.Module):
         if self.content is None or codes_TD is None:
             y, found_BTPD = read(heads), None
         else:
-            power = config.spectral_pointer_sharpen
-            sharpness_T = length_scale(documents, config.spectral_l_train).clamp(min=1) ** power if power else None
             focus = 0.0 if self.training else config.spectral_pointer_focus
-            again = self.content.read_codes(heads, codes_TD, documents, read, sharpness_T, focus)
+            again = self.content.read_codes(heads, codes_TD, documents, read, focus)
             y, found_BTPD = read(heads.beside(again)).split([config.num_heads, self.content.shape.heads], 2)
         return F.linear(y.reshape(B, T, -1), self.out_w.type_as(x)), found_BTPD, telemetry
 

@@ -326,15 +326,14 @@ def past_lists(documents: Documents) -> BlockLists:
     return BlockLists(num.contiguous(), (own[:, None] - own).clamp(min=0)[None, None].contiguous())
 
 
-def length_scale(documents: Documents, since: int = 0) -> Tensor:
-    """[T], s(t) / s(since) for the token t places into its document, s(t) = sqrt(2 ln(t / 10 + 1) + 1): scale-invariant
-    attention (arXiv 2505.17083, tau = 10, alpha = beta = sqrt(e)), whose added constant a softmax does not see; s(0) = 1."""
+def length_scale(documents: Documents) -> Tensor:
+    """[T], sqrt(2 ln(t / 10 + 1) + 1) for the token t places into its document: scale-invariant attention (arXiv 2505.17083,
+    tau = 10, alpha = beta = sqrt(e)), whose added constant a softmax does not see."""
     id_T = documents.id_T
     position = torch.arange(len(id_T), device=id_T.device)
     opens = F.pad(id_T[1:] != id_T[:-1], (1, 0), value=True)
     place = position - torch.where(opens, position, 0).cummax(0).values
-    s_T, s = ((2 * (t / 10 + 1).log() + 1).sqrt() for t in (place, place.new_full((), since)))
-    return s_T / s
+    return (2 * (place / 10 + 1).log() + 1).sqrt()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -54,8 +54,6 @@ class ContentShape:
     asking: int = 16  # tokens of a block that search, at most; in training all do
     far_blocks: int = 16  # W, blocks that a query block may claim
     floor: float = 2.0  # log-odds, over those of an average block of the past, below which nothing is claimed
-    floor_growth: float = 0.0  # of the floor, with the logarithm of the past beyond `trained_blocks`
-    trained_blocks: int = 1  # in the training length
     rows: int = 128  # S
     readers: int = 0  # heads that read the claims, the first of the layer; 0: the pointer heads alone do
     copying: bool = False  # the pointer heads' findings are said: `read_codes` and `say`
@@ -210,7 +208,7 @@ class ContentPointers(nn.Module):
             asking = ask(marks.ask_BPT, BLOCK if self.training else s.asking, s.memory, s.ask_pacing)
         found = search(marks.p_BTPr, marks.l_BTPr, asking, documents, state.local_blocks, state.global_blocks)
         last_N = None if s.pooled else far_end(documents, state.local_blocks)
-        floor_N = odds_floor(documents, s.floor, s.floor_growth, s.trained_blocks)
+        floor_N = odds_floor(documents, s.floor)
         claims, refused = admit(found, asking, s.far_blocks, s.target, s.claim_pacing, s.memory, floor_N, last_N)
         num, refused = (torch.where(state.radius < 0, 0, x) for x in (claims.num_BHN, refused))
         claims = Claims(num, claims.block_BHNW, claims.time_BHNW)
@@ -231,14 +229,12 @@ class ContentPointers(nn.Module):
         return (log_odds_BHNR.sigmoid().square() * (0.25 + 0.75 * claims[..., :BLOCK])).flatten(2)
 
     def read_codes(self, heads: Heads, codes_TD: Tensor, documents: Documents, read: Callable[[Heads], Tensor],
-                   sharpness_T: Tensor | None = None, focus: float = 0.0) -> Heads:
+                   focus: float = 0.0) -> Heads:
         """The pointer heads once more, on the tokens' codes instead of values. Their queries, landmarks folded in, are
-        multiplied by the sharpness, and by 1 + focus times the mean of the shares, by a first reading, of the last token, of
-        the last two (their product) and of the last three."""
+        multiplied by 1 + focus times the mean of the shares, by a first reading, of the last token, of the last two (their
+        product) and of the last three."""
         again = heads.first(self.shape.heads)
         again = again._replace(v_BTHD=codes_TD[None, :, None].expand(len(again.q_BTHD), -1, self.shape.heads, -1))
-        if sharpness_T is not None:
-            again = again._replace(q_BTHD=again.q_BTHD * sharpness_T[:, None, None].type_as(again.q_BTHD))
         if focus:
             with torch.no_grad():
                 a_TP, b_TP, c_TP = self.trust(read(again)[0], codes_TD, documents)[..., :3].unbind(-1)

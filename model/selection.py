@@ -266,13 +266,11 @@ def admit(found: Found, ask_BHNR: Tensor, slots: int, rank: int, pacing: float =
     return Claims(*claims), refused_BHN
 
 
-def odds_floor(documents: Documents, floor: float, growth: float = 0, since: int = 1) -> Tensor:
+def odds_floor(documents: Documents, floor: float) -> Tensor:
     """[N], the log-odds of a block that is exp(floor) times as good as the average of a tile's past: log-odds fall with the
-    logarithm of the past, and a constant would stop all reading of long contexts. Beyond `since` blocks of past it falls
-    1 - growth times as fast: the best of many blocks that resemble is better than that of few."""
+    logarithm of the past, and a constant would stop all reading of long contexts."""
     past_N = torch.arange(len(documents.start_block_N), device=documents.id_T.device) - documents.start_block_N
-    past_N = past_N.clamp(min=1).float()
-    return floor - past_N.log() + growth * (past_N / since).clamp(min=1).log()
+    return floor - past_N.clamp(min=1).float().log()
 
 
 def far_end(documents: Documents, local: Tensor) -> Tensor:
