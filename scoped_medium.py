@@ -82,8 +82,11 @@ from model.attn_bias import (
     SpectralBias,
     SpectralShape,
     augment,
+    follow,
     length_scale,
     past_lists,
+    place_codes,
+    place_frequencies,
     pointer_lists,
     scope_bins,
     scope_stats,
@@ -196,6 +199,8 @@ class Config:
                                              low=16, high=BLOCK)
     spectral_pointer_focus: float = _spectral(1.0, "content, in evaluation: part by which logits grow where codes are read, "
                                                    "if the last three tokens were found just before they came", low=0)
+    spectral_pointer_follow: float = _spectral(0.0, "content, in evaluation: nats by which a bias draws the reading of codes "
+                                                    "to what stands behind the places that the last tokens found", low=0)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
     spectral_pointer_copy: bool = _spectral(True, "content: heads that search read, beside values, which tokens stand there, "
                                                  "and the output head says them, however rarely training does")
@@ -368,7 +373,7 @@ class Config:
             problems.append(f"SPECTRAL_POINTER_HEADS={self.spectral_pointer_heads} exceeds NUM_HEADS={self.num_heads}")
         if self.spectral_pointer_readers > self.num_heads:
             problems.append(f"SPECTRAL_POINTER_READERS={self.spectral_pointer_readers} exceeds NUM_HEADS={self.num_heads}")
-        for name in ("focus", "shrink"):
+        for name in ("focus", "follow", "shrink"):
             value = getattr(self, f"spectral_pointer_{name}")
             if value not in (0, getattr(Config, f"spectral_pointer_{name}")) and not self.copying:
                 problems.append(f"SPECTRAL_POINTER_{name.upper()}={value:g} goes with copies: it needs SPECTRAL_POINTER_COPY=1 "
@@ -408,6 +413,11 @@ class Config:
     @property
     def copying(self) -> bool:
         return self.content_pointers and self.spectral_pointer_copy and not self.pooled
+
+    @property
+    def reads_codes_twice(self) -> bool:
+        """In evaluation."""
+        return self.copying and bool(self.spectral_pointer_focus or self.spectral_pointer_follow)
 
     @property
     def folded_features(self) -> int:
@@ -633,7 +643,7 @@ class Attention(nn.Module):
         self.dense = False
         self.backend = "reference"
 
-    def forward(self, x: Tensor, ve: Tensor | None, codes_TD: Tensor | None, rotary: Rotary, tables, context: Context,
+    def forward(self, x: Tensor, ve: Tensor | None, codes_TD: Tensor | None, rotary: Rotary, tables, places, context: Context,
                 long_window: bool):
         """Returns the layer's output [B, T, C], what its pointer heads read of the tokens' codes [B, T, P, D] (None where none
         copies) and its LayerTelemetry (None without bias and pointers)."""
@@ -673,10 +683,29 @@ class Attention(nn.Module):
         if self.content is None or codes_TD is None:
             y, found_BTPD = read(heads), None
         else:
-            focus = 0.0 if self.training else config.spectral_pointer_focus
-            again = self.content.read_codes(heads, codes_TD, documents, read, focus)
-            y, found_BTPD = read(heads.beside(again)).split([config.num_heads, self.content.shape.heads], 2)
+            P, twice = self.content.shape.heads, not self.training and config.reads_codes_twice
+            codes = heads.first(P).seeing(codes_TD)
+            follows = twice and places is not None
+            seen = codes.beside(codes.seeing(place_codes(places, T, config.head_dim).type_as(v))) if follows else codes
+            y, found_BTPD, placed_BTPD = read(heads.beside(seen)).split([config.num_heads, P, P * follows], 2)
+            if twice:
+                found_BTPD = read(self.look_again(codes, codes_TD, found_BTPD, placed_BTPD, places, documents))
         return F.linear(y.reshape(B, T, -1), self.out_w.type_as(x)), found_BTPD, telemetry
+
+    def look_again(self, codes: Heads, codes_TD: Tensor, found_BTPD: Tensor, placed_BTPD: Tensor, places,
+                   documents: Documents) -> Heads:
+        """The pointer heads of a second reading of codes: sharper where the last tokens were found, and drawn to what stands
+        behind their places, by what a first reading found of codes and of places."""
+        config = self.config
+        if config.spectral_pointer_focus:
+            codes = self.content.focus(codes, found_BTPD[0], codes_TD, documents, config.spectral_pointer_focus)
+        if places is None:
+            return codes
+        behind = follow(placed_BTPD, places, documents, config.spectral_pointer_follow)
+        if self.backend == "triton":  # its kernels add a bias themselves
+            return codes._replace(bias=behind if codes.bias is None else codes.bias.plus(behind))
+        q, k = augment(codes.q_BTHD, codes.k_BTHD, behind, ATTENTION_SCALE, "append")
+        return codes._replace(q_BTHD=q, k_BTHD=k)
 
     def point(self, x: Tensor, q: Tensor, k: Tensor, offsets: BlockLists | None, rotary: Rotary, context: Context,
               long_window: bool):
@@ -724,12 +753,13 @@ class Block(nn.Module):
         self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))
         self.long_window = layer in long_window_layers(config.num_layers)
 
-    def forward(self, x: Tensor, x0: Tensor, ve: Tensor | None, codes: Tensor | None, rotary: Rotary, tables, context: Context):
+    def forward(self, x: Tensor, x0: Tensor, ve: Tensor | None, codes: Tensor | None, rotary: Rotary, tables, places,
+                context: Context):
         lambdas = self.lambdas.type_as(x)
         x = lambdas[0] * x + lambdas[1] * x0
         found, telemetry = None, None
         if self.attn is not None:
-            y, found, telemetry = self.attn(norm(x), ve, codes, rotary, tables, context, self.long_window)
+            y, found, telemetry = self.attn(norm(x), ve, codes, rotary, tables, places, context, self.long_window)
             x = x + y
         return x + self.mlp(norm(x)), found, telemetry
 
@@ -763,7 +793,7 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(L // 2))
         self.head_w = nn.Parameter(torch.zeros(128 * math.ceil(config.vocab_size / 128), config.model_dim))
         self.rotary = Rotary(config.head_dim, config.max_seq_len)
-        self.position_tables = None
+        self.position_tables = self.place_tables = None
         generator = torch.Generator().manual_seed(config.seed)  # after all else: the arms share every other weight
         if config.content_pointers:
             for layer in sorted(config.spectral_layer_ids()):
@@ -771,12 +801,14 @@ class GPT(nn.Module):
         if config.copying:
             codes_VD = token_codes(config.vocab_size, len(self.head_w), config.head_dim)
             self.register_buffer("codes_VD", codes_VD, persistent=False)
+            if config.spectral_pointer_follow:
+                self.place_tables = PositionTables(place_frequencies(config.head_dim), config.max_seq_len)
         quiet = config.copying and config.spectral_pointer_quiet
         self.w_quiet = nn.Parameter(torch.zeros(1, config.model_dim)) if quiet else None
         for layer in config.spectral_layer_ids() if config.dense else ():
             self.blocks[layer].attn.dense = True
         if config.spectral_bias:
-            self.position_tables = PositionTables(config.spectral_shape(), config.max_seq_len)
+            self.position_tables = PositionTables(config.spectral_shape().frequencies(), config.max_seq_len)
             for layer in sorted(config.spectral_layer_ids()):
                 self.blocks[layer].attn.spectral = SpectralBias(config.spectral_shape(), generator)
             weights = (config.spectral_reg_high, config.spectral_reg_mean, config.spectral_reg_entropy,
@@ -808,13 +840,13 @@ class GPT(nn.Module):
         x = x0 = norm(self.embed(tokens_T)[None])
         ve = [table(tokens_T)[None] for table in self.value_embeds]
         ve = ve + [None] * (L - 2 * len(ve)) + ve
-        tables = self.position_tables() if self.position_tables is not None else None
+        tables, places = (module() if module is not None else None for module in (self.position_tables, self.place_tables))
         codes_TD = self.codes_VD[tokens_T].type_as(x) if self.config.copying else None
         skips, copies, telemetry = [], [], []
         for i, block in enumerate(self.blocks):
             if i >= L - L // 2:
                 x = x + self.skip_weights[i - (L - L // 2)].type_as(x) * skips.pop()
-            x, found, seen = block(x, x0, ve[i], codes_TD, self.rotary, tables, context)
+            x, found, seen = block(x, x0, ve[i], codes_TD, self.rotary, tables, places, context)
             copies += [(block.attn.content, found[0])] if found is not None else []
             if i < L // 2:
                 skips.append(x)

@@ -54,6 +54,9 @@ from model.attn_bias import (
     SpectralBias,
     SpectralShape,
     augment,
+    follow,
+    place_codes,
+    place_frequencies,
     pointer_lists,
     window_lists,
 )
@@ -137,7 +140,7 @@ class Bias(NamedTuple):
         shape, generator = SpectralShape(H, D), torch.Generator().manual_seed(0)
         spectral = SpectralBias(shape, generator)
         torch.nn.init.normal_(spectral.w2, std=0.05, generator=generator)  # all outputs live, as after some training
-        return cls(spectral.to(device), PositionTables(shape, max_tokens).to(device))
+        return cls(spectral.to(device), PositionTables(shape.frequencies(), max_tokens).to(device))
 
 
 @dataclass(frozen=True)
@@ -262,16 +265,18 @@ def listed(setting: Setting, backend: str, layout: str | None, window: bool = Fa
 
 
 def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool = False, copying: bool = True,
-            focus: float = 0.0) -> Cell:
+            again: bool = False) -> Cell:
     """Content pointers: `tokens` of a block search; `shared`: all heads read what is found; `copying`: pointer heads read codes
-    too, here added to their values, so that one gradient reaches both, and with a `focus` they do so twice. No log-odds are too
-    low here, so on random data the threshold of the blocks before fills the lists. `ms` holds the selection too."""
+    too, here added to their values, so that one gradient reaches both; `again`: places too, and then codes again, focused and
+    behind the places found. No log-odds are too low here, so on random data the threshold of the blocks before fills the lists.
+    `ms` holds the selection too."""
     shape = ContentShape(head_dim=D, asking=tokens, floor=-math.inf, readers=H * shared, copying=copying)
     module = ContentPointers(shape, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(module.w_ask, generator=torch.Generator().manual_seed(1))
     module = module.to(setting.device).eval()
     state = PointerState(*(torch.tensor(x, dtype=torch.int32, device=setting.device) for x in LISTS))
     window = torch.tensor(WINDOW, dtype=torch.int32, device=setting.device)
+    places = PositionTables(place_frequencies(D), setting.tokens).to(setting.device) if again else None
     codes_TD = token_codes(1024, 1024, D)[torch.arange(setting.tokens) % 1024].to(setting.device, setting.dtype)
 
     def choose(marks, documents):
@@ -287,7 +292,12 @@ def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool
         heads = Heads(q, k, v, choose(marks, documents))
         if not copying:
             return read(heads)
-        y, found = read(heads.beside(module.read_codes(heads, codes_TD, documents, read, focus=focus))).tensor_split([H], 2)
+        codes = heads.first(shape.heads).seeing(codes_TD)
+        seen = codes.beside(codes.seeing(place_codes(places(), len(codes_TD), D).type_as(v))) if again else codes
+        y, found, placed = read(heads.beside(seen)).split([H, shape.heads, shape.heads * again], 2)
+        if again:
+            codes = module.focus(codes, found[0], codes_TD, documents, 1.0)
+            found = read(codes._replace(bias=follow(placed, places(), documents, 8.0)))
         return torch.cat([y[:, :, : shape.heads] + found, y[:, :, shape.heads :]], 2)
 
     def layer(q, k, v, documents):
@@ -303,9 +313,9 @@ def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool
     learnt = (module.w_query, module.w_key)
 
     def blocks(num_BHN):  # a head's; those of a pointer head twice where it copies
-        return (num_BHN.sum(1) + (copying + bool(focus)) * num_BHN[:, : shape.heads].sum(1)).float().mean().item() / H
+        return (num_BHN.sum(1) + (copying + 2 * again) * num_BHN[:, : shape.heads].sum(1)).float().mean().item() / H
 
-    extras = " (all read what is found)" * shared + ", with copies" * copying + ", codes read twice" * bool(focus)
+    extras = " (all read what is found)" * shared + ", with copies" * copying + ", codes read twice" * again
     return Cell(
         inputs, blocks=statistics.fmean(blocks(x.lists.num_BHN) for x in inputs),
         attend=setting.run(lambda x: operator(*x[:3], x.coefficients, x.documents), lambda x: x[:3]),
@@ -368,7 +378,7 @@ VARIANTS: dict[str, Callable[[Setting], Cell]] = {
     "triton_fold": lambda s: listed(s, "triton", "fold"),
     "triton_nobias": lambda s: listed(s, "triton", None),
     "content": lambda s: content(s, ContentShape.asking),
-    "content_focused": lambda s: content(s, ContentShape.asking, focus=1.0),
+    "content_again": lambda s: content(s, ContentShape.asking, again=True),
     "content_values": lambda s: content(s, ContentShape.asking, copying=False),
     "content_shared": lambda s: content(s, ContentShape.asking, shared=True),
     "content_exact": lambda s: content(s, BLOCK),

@@ -20,7 +20,7 @@ STYLES = {
     "triton_fold": ("ours, bias folded", "#56B4E9", "-", "s"),
     "triton_nobias": ("ours, no bias", "#0072B2", "--", "o"),
     "content": ("ours, content pointers", "#CC3311", "-", "h"),
-    "content_focused": ("ours, content, codes read twice", "#882255", "-", "^"),
+    "content_again": ("ours, content, codes read twice", "#882255", "-", "^"),
     "content_values": ("ours, content, no copies", "#EE7733", "-", "h"),
     "content_shared": ("ours, content, all heads", "#CC3311", "-.", "h"),
     "content_exact": ("ours, all tokens searched", "#CC3311", "--", "h"),

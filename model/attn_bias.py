@@ -16,15 +16,18 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import BLOCK, BlockLists, Documents
-from model.content import ContentTelemetry, content_stats
+from model.content import ContentTelemetry, before, content_stats
 
 RADIX = 128  # base in which positions are split: digits up to 128 are exact in bf16 (8 significant bits)
 MAX_POSITION = RADIX**3  # three digits: 2,097,152 tokens
+PLACE_BANDS = 24  # of what is read of places, at most: with six of the bias and the digits they fill 64 features
+FOLLOWED = 7  # tokens whose finds draw the next one
 REGULARISERS = ("high_band", "zero_mean", "entropy_floor", "edge")
 
 
@@ -67,12 +70,12 @@ class Tables(NamedTuple):
 class PositionTables(nn.Module):
     """cos and sin of omega_k t for every position t, computed in float64, and the key features made of them."""
 
-    def __init__(self, shape: SpectralShape, max_seq_len: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, frequencies_K: Tensor, max_seq_len: int, dtype: torch.dtype = torch.float32):
         super().__init__()
         if max_seq_len > MAX_POSITION:
             raise ValueError(f"positions are exact up to {MAX_POSITION} tokens, not {max_seq_len}")
         position = torch.arange(max_seq_len)
-        phase = torch.outer(position.double(), shape.frequencies())
+        phase = torch.outer(position.double(), frequencies_K)
         digits = [position // RADIX**d % RADIX for d in range(3)]
         key = torch.cat([phase.cos(), phase.sin(), torch.stack([*digits, torch.ones_like(position)], 1).double()], 1)
         self.register_buffer("cos_TK", phase.cos().to(dtype), persistent=False)
@@ -98,6 +101,14 @@ class BiasCoefficients(NamedTuple):
         slope = self.slope_BHT[..., None]
         return torch.cat([self.cos_BHTK, self.sin_BHTK, -slope, -RADIX * slope, -(RADIX**2) * slope,
                           self.constant_BHT[..., None]], -1)
+
+    def plus(self, other: "BiasCoefficients") -> "BiasCoefficients":
+        """The sum of two biases of the same heads, with the frequencies of both."""
+        a, b, K = self.tables, other.tables, self.cos_BHTK.size(-1)
+        cos_TK, sin_TK = (torch.cat(x, -1) for x in ((a.cos_TK, b.cos_TK), (a.sin_TK, b.sin_TK)))
+        tables = Tables(cos_TK, sin_TK, torch.cat([cos_TK, sin_TK, a.key_TF[:, 2 * K :]], -1))
+        return BiasCoefficients(torch.cat([self.cos_BHTK, other.cos_BHTK], -1), torch.cat([self.sin_BHTK, other.sin_BHTK], -1),
+                                self.slope_BHT + other.slope_BHT, self.constant_BHT + other.constant_BHT, tables)
 
     def at(self, q_index: Tensor, kv_index: Tensor) -> Tensor:
         """The bias between given positions; q_index [n, 128, 1] holds whole consecutive blocks, the result has the shape
@@ -126,6 +137,37 @@ class BiasCoefficients(NamedTuple):
             return score - slope[b, h, q] * kv + constant[b, h, q]
 
         return add_bias
+
+
+def place_frequencies(head_dim: int) -> Tensor:
+    """[K], radians per token, uniform over [0, pi), the same in every run: the mean over them of cos(omega (j - j')) is 1 at
+    j = j', and elsewhere noise with a standard deviation of (2 K)**-0.5 (random Fourier features, Rahimi and Recht 2007)."""
+    return torch.from_numpy(np.random.RandomState(0).uniform(0, math.pi, min(PLACE_BANDS, head_dim // 2)))
+
+
+def place_codes(tables: Tables, tokens: int, head_dim: int) -> Tensor:
+    """[T, D], cos and sin of omega_k j for every place j, and zeros: as values, they tell where a head looks."""
+    codes_TF = torch.cat([tables.cos_TK[:tokens], tables.sin_TK[:tokens]], -1)
+    return F.pad(codes_TF, (0, head_dim - codes_TF.size(-1)))
+
+
+def follow(found_BTPD: Tensor, tables: Tables, documents: Documents, nats: float) -> BiasCoefficients:
+    """A bias towards what stands behind the places that the last tokens found: of token i and place j
+
+        nats / n sum_l sum_j' a_{i-l}(j') mean_k cos(omega_k (j - j' - l)),   l = 1 ... n = FOLLOWED,
+
+    a the shares of a first reading, and so nats times the mean share that the last n tokens gave to the places as many tokens
+    before j, and noise. found_BTPD: what that reading found of `place_codes`; a token of another document found nothing."""
+    K = tables.cos_TK.size(-1)
+    read_cos, read_sin, _ = found_BTPD.float().split([K, K, found_BTPD.size(-1) - 2 * K], -1)
+    cos, sin = torch.zeros_like(read_cos), torch.zeros_like(read_sin)
+    for lag in range(1, FOLLOWED + 1):
+        c, s = (before(x, lag, documents) for x in (read_cos, read_sin))
+        turn_cos, turn_sin = tables.cos_TK[lag], tables.sin_TK[lag]
+        cos, sin = cos + c * turn_cos - s * turn_sin, sin + s * turn_cos + c * turn_sin
+    cos, sin = (nats / (FOLLOWED * K) * x.transpose(1, 2) for x in (cos, sin))
+    zeros = torch.zeros_like(cos[..., 0])
+    return BiasCoefficients(cos, sin, zeros, zeros, tables)
 
 
 class Prediction(NamedTuple):

@@ -8,7 +8,6 @@ the distribution that the head's content logits alone would give, over the whole
 Shape suffixes: B batch, T tokens, P pointer heads (the first of a layer's heads), D head dim, r landmark dims, S sampled rows.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,7 +55,7 @@ class ContentShape:
     floor: float = 2.0  # log-odds, over those of an average block of the past, below which nothing is claimed
     rows: int = 128  # S
     readers: int = 0  # heads that read the claims, the first of the layer; 0: the pointer heads alone do
-    copying: bool = False  # the pointer heads' findings are said: `read_codes` and `say`
+    copying: bool = False  # the pointer heads' findings are said: `say`
     trusting: bool = False  # as loud as they have just been right: `trust`
     pooled: bool = False  # no landmarks: the mean over a block of its keys' non-rotating dimensions, for comparison
     ask_pacing: float = 32.0  # nats; the slots of a tile that has more to ask than those before must last to its end
@@ -95,6 +94,10 @@ class Heads(NamedTuple):
         q, k, v = (x.transpose(1, 2) for x in self[:3])
         y, _ = pointer_attention(q, k, v, self.lists, documents, scale=scale, backend=backend, bias=self.bias)
         return y.transpose(1, 2)
+
+    def seeing(self, values_TD: Tensor) -> "Heads":
+        """The same heads with the same values for all of them."""
+        return self._replace(v_BTHD=values_TD[None, :, None].expand(*self.q_BTHD.shape[:3], -1))
 
     def first(self, P: int) -> "Heads":
         q, k, v = (x[:, :, :P] for x in self[:3])
@@ -228,19 +231,12 @@ class ContentPointers(nn.Module):
         claims = torch.zeros(*time_BHNW.shape[:3], BLOCK + 1, device=time_BHNW.device).scatter(-1, time_BHNW.long(), 1)
         return (log_odds_BHNR.sigmoid().square() * (0.25 + 0.75 * claims[..., :BLOCK])).flatten(2)
 
-    def read_codes(self, heads: Heads, codes_TD: Tensor, documents: Documents, read: Callable[[Heads], Tensor],
-                   focus: float = 0.0) -> Heads:
-        """The pointer heads once more, on the tokens' codes instead of values. Their queries, landmarks folded in, are
-        multiplied by 1 + focus times the mean of the shares, by a first reading, of the last token, of the last two (their
-        product) and of the last three."""
-        again = heads.first(self.shape.heads)
-        again = again._replace(v_BTHD=codes_TD[None, :, None].expand(len(again.q_BTHD), -1, self.shape.heads, -1))
-        if focus:
-            with torch.no_grad():
-                a_TP, b_TP, c_TP = self.trust(read(again)[0], codes_TD, documents)[..., :3].unbind(-1)
-                run_TP = a_TP * (1 + b_TP * (1 + c_TP)) / 3
-            again = again._replace(q_BTHD=again.q_BTHD * (1 + focus * run_TP)[..., None])
-        return again
+    def focus(self, heads: Heads, found_TPD: Tensor, codes_TD: Tensor, documents: Documents, part: float) -> Heads:
+        """The pointer heads, their queries, landmarks folded in, times 1 + part times the mean of the shares, in a first
+        reading of codes, of the last token, of the last two (their product) and of the last three."""
+        a_TP, b_TP, c_TP = self.trust(found_TPD, codes_TD, documents)[..., :3].unbind(-1)
+        run_TP = a_TP * (1 + b_TP * (1 + c_TP)) / 3
+        return heads._replace(q_BTHD=heads.q_BTHD * (1 + part * run_TP)[..., None].type_as(heads.q_BTHD))
 
     def say(self, x_TC: Tensor, found_TPD: Tensor, codes_TD: Tensor, documents: Documents) -> Tensor:
         """[T, D]; its product with a token's code is the token's share of the attention, times a gate of the final stream's and

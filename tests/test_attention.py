@@ -82,7 +82,7 @@ def spectral_case(T, H, D, seed, impl_dtype=torch.float64, **changes):
     with torch.no_grad():
         module.w2.copy_(torch.randn(module.w2.shape, generator=generator) * 0.3)
         module.bias.add_(torch.randn(module.bias.shape, generator=generator) * 0.3)
-    return module.to(impl_dtype), PositionTables(shape, T, impl_dtype)
+    return module.to(impl_dtype), PositionTables(shape.frequencies(), T, impl_dtype)
 
 
 def formula(module, q_BTHD, T):
@@ -310,7 +310,7 @@ def test_slope_is_exact_at_a_million_in_bf16():
     """The digits carry a position exactly; one raw bf16 position would be off by up to 2,048 tokens."""
     T = 1_048_576
     shape = SpectralShape(1, 32, bands=1)
-    key = PositionTables(shape, T)().key_TF
+    key = PositionTables(shape.frequencies(), T)().key_TF
     assert torch.equal(key[:, 2:5].bfloat16().float(), key[:, 2:5])
     slope = torch.tensor([[3.3e-6]]).bfloat16()
     zero = torch.zeros(1, 1, 1)
@@ -399,7 +399,7 @@ def test_flex_equals_dense(T, H, width, impl, backend):
     content = torch.ones(D, dtype=torch.float64)
     if impl == "fold":
         content[D // 2 - 8 : D // 2] = content[D - 8 :] = 0
-    key = PositionTables(module.shape, T, torch.float64)().key_TF
+    key = PositionTables(module.shape.frequencies(), T, torch.float64)().key_TF
     bias = with_constant(*exact[3:], None).query_features() @ key.T if coefficients else torch.zeros(1, H, T, T)
     bias.retain_grad() if coefficients else None
     q, k, v = (t.transpose(1, 2) for t in (exact[0] * content, *exact[1:3]))

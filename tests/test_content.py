@@ -10,6 +10,7 @@ from test_model import BASE, CONTENT, DELIMITER, T, config_for, context_of, docu
 
 import scoped_medium as S
 from model.attention import BLOCK, BlockLists, Documents
+from model.attn_bias import FOLLOWED, BiasCoefficients, PositionTables, follow, place_codes, place_frequencies
 from model.content import LEAST_PAST, LOSSES, TAPS, ContentPointers, ContentShape, Heads, Pointing, content_stats, token_codes
 from model.head import FP8_W_SCALE, quantise_w
 from model.selection import Claims, odds_floor
@@ -241,6 +242,7 @@ def test_what_points_by_itself():
     (dict(SPECTRAL_POINTER_HEADS=3), "SPECTRAL_POINTER_HEADS=3 exceeds NUM_HEADS=2"),
     (dict(SPECTRAL_POINTER_READERS=3), "SPECTRAL_POINTER_READERS=3 exceeds NUM_HEADS=2"),
     (dict(SPECTRAL_POINTER_FOCUS=0.7), "SPECTRAL_POINTER_FOCUS=0.7 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
+    (dict(SPECTRAL_POINTER_FOLLOW=0.7), "SPECTRAL_POINTER_FOLLOW=0.7 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_POINTER_SHRINK=2), "SPECTRAL_POINTER_SHRINK=2 goes with copies: it needs SPECTRAL_POINTER_COPY=1"),
     (dict(SPECTRAL_LANDMARK_DIM=32), "exceed the HEAD_DIM / 2 = 16 dimensions"),
     (dict(SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1), "SPECTRAL_LANDMARK_DIM=16 and the bias's 16 features"),
@@ -284,7 +286,7 @@ def test_pointers_that_claim_nothing_are_warned_of_once(settings, step):
 
 def test_codes_are_read_with_the_weights_of_the_pointer_heads():
     """Two pointer heads of three, against each by itself; the heads' own output stays as it is."""
-    module, documents = pointers(shape=replace(SHAPE, copying=True)), Documents.of(documents_of(T, 3), DELIMITER)
+    documents = Documents.of(documents_of(T, 3), DELIMITER)
     q, k, v = (noise((1, T, 3, 32), i).double() for i in range(3))
     codes = token_codes(41, 128, 32)[documents_of(T, 3).long()].double()
     own = torch.arange(T // BLOCK, dtype=torch.int32)
@@ -297,7 +299,7 @@ def test_codes_are_read_with_the_weights_of_the_pointer_heads():
         return heads.read(documents, 0.12, "reference")
 
     layer = Heads(q, k, v, lists)
-    again = module.read_codes(layer, codes, documents, read)
+    again = layer.first(2).seeing(codes)
     assert again.bias is None
     y = read(layer.beside(again))
     torch.testing.assert_close(y[:, :, :3], read(layer), rtol=0, atol=0)
@@ -330,19 +332,10 @@ def test_a_head_looks_more_sharply_where_it_has_just_been_right():
     """Token by token: a first reading's shares of the last three tokens set the factor of the queries of a second one."""
     module, tokens = pointers(shape=replace(SHAPE, copying=True)), documents_of(T, 3, mean_length=30)
     documents, codes = Documents.of(tokens, DELIMITER), token_codes(128, 128, 32).double()
-    q, k, v = (noise((1, T, 3, 32), i).double() for i in range(3))
-    lists = BlockLists(*(torch.zeros(1, 3, T // BLOCK, *n, dtype=torch.int32) for n in ((), (2,))),
-                       torch.zeros(1, 3, T, 1, dtype=torch.int32))
-    first, asked, start = 2 * noise((1, T, 2, 32), 4).double(), [], 0
-
-    def read(heads):
-        assert not torch.is_grad_enabled()
-        asked.append(heads)
-        return first
-
-    again = module.read_codes(Heads(q, k, v, lists), codes[tokens], documents, read, focus=0.7)
-    assert len(asked) == 1 and torch.equal(asked[0].q_BTHD, q[:, :, :2])
-    assert all(torch.equal(x, y) for x, y in zip(asked[0][1:3], again[1:3], strict=True))
+    heads = Heads(*(noise((1, T, 2, 32), i).double() for i in range(3)), None)
+    first, start = 2 * noise((1, T, 2, 32), 4).double(), 0
+    again = module.focus(heads, first[0], codes[tokens], documents, 0.7)
+    assert all(x is y for x, y in zip(again[1:], heads[1:], strict=True))
     for t in range(100):
         start = t if tokens[t] == DELIMITER else start
         for h in range(2):
@@ -350,7 +343,83 @@ def test_a_head_looks_more_sharply_where_it_has_just_been_right():
             for lag in range(min(3, t - start)):
                 run = run * (first[0, t - lag - 1, h] @ codes[tokens[t - lag]] / 32)
                 runs = runs + run
-            torch.testing.assert_close(again.q_BTHD[0, t, h], q[0, t, h] * (1 + 0.7 * runs / 3))
+            torch.testing.assert_close(again.q_BTHD[0, t, h], heads.q_BTHD[0, t, h] * (1 + 0.7 * runs / 3))
+
+
+def test_a_bias_draws_to_what_stands_behind_the_places_found():
+    """Place by place, against its definition; and nearly the mean share itself."""
+    length, nats = BLOCK, 6.0
+    tokens = documents_of(length, 3, mean_length=40)
+    documents = Documents.of(tokens, DELIMITER)
+    tables = PositionTables(place_frequencies(32), length, torch.float64)()
+    values, omega = place_codes(tables, length, 32), place_frequencies(32)
+    sharp = 4 * noise((2, length, length), 1).double()
+    a_PTT = sharp.masked_fill(torch.ones(length, length).triu(1) > 0, float("-inf")).softmax(-1)
+    bias = follow((a_PTT @ values).transpose(0, 1)[None], tables, documents, nats)
+    rows, found = torch.arange(length), bias.query_features().double() @ tables.key_TF.T
+    shares = torch.zeros(2, length, length, dtype=torch.float64)
+    for h, i in [(h, i) for h in range(2) for i in range(length)]:
+        expected = torch.zeros(length, dtype=torch.float64)
+        for lag in range(1, FOLLOWED + 1):
+            if i < lag or documents.id_T[i - lag] != documents.id_T[i]:
+                continue
+            apart = rows[:, None] - rows - lag  # [j, j']
+            expected += nats / FOLLOWED * (torch.cos(omega * apart[..., None]).mean(-1) * a_PTT[h, i - lag]).sum(-1)
+            shares[h, i, lag:] += nats / FOLLOWED * a_PTT[h, i - lag, : length - lag]
+        torch.testing.assert_close(found[0, h, i], expected, rtol=1e-5, atol=1e-5)
+    assert found.requires_grad is False and (shares > 0.5).sum() > 100
+    close = (found[0] - shares)[shares > 0.5]
+    assert close.mean().abs() < 0.3 and close.std() < nats / math.sqrt(2 * len(omega))
+
+
+def test_two_biases_are_added():
+    """That of the model and that of the places found, which have other frequencies."""
+    slow = PositionTables(torch.tensor([0.01, 0.02], dtype=torch.float64), T, torch.float64)()
+    fast = PositionTables(place_frequencies(32), T, torch.float64)()
+
+    def bias(tables, seed):
+        K = tables.cos_TK.size(-1)
+        shapes = ((1, 2, T, K), (1, 2, T, K), (1, 2, T), (1, 2, T))
+        return BiasCoefficients(*(noise(shape, (seed, i)).double() for i, shape in enumerate(shapes)), tables)
+
+    a, b = bias(slow, 1), bias(fast, 2)
+    rows = torch.arange(T).view(-1, BLOCK)
+    at = (rows[2:4, :, None], rows[1][None, None])
+    torch.testing.assert_close(a.plus(b).at(*at), a.at(*at) + b.at(*at))
+    torch.testing.assert_close(a.plus(b).query_features() @ a.plus(b).tables.key_TF.T,
+                               a.query_features() @ slow.key_TF.T + b.query_features() @ fast.key_TF.T)
+
+
+@pytest.mark.parametrize(("focus", "nats"), [(0, 5), (0.7, 0), (0.7, 5)])
+def test_codes_are_read_twice_in_evaluation(focus, nats):
+    """A model's second reading is the first one's, focused and drawn by what that found; in training there is one."""
+    settings = COPIES | dict(SPECTRAL_POINTER_FOLLOW=nats, SPECTRAL_POINTER_FOCUS=focus)
+    model, plain, tokens, read = model_for(**settings), model_for(**COPIES), documents_of(T, 3), []
+    attend = Heads.read
+
+    def noted(heads, *rest):
+        read.append((heads, y := attend(heads, *rest)))
+        return y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Heads, "read", noted)
+        found = logits_of(model, tokens)
+        (first, y), (second, _) = next(pair for pair in zip(read, read[1:], strict=False) if pair[1][0].q_BTHD.size(2) == 1)
+    documents, codes = Documents.of(tokens, DELIMITER), model.codes_VD[tokens].float()
+    attention = next(block.attn for block in model.blocks if block.attn is not None and block.attn.content is not None)
+    again = first.first(1).seeing(codes)
+    assert torch.equal(first.v_BTHD[0, :, 2], codes)
+    if focus:
+        again = attention.content.focus(again, y[0, :, 2:3], codes, documents, focus)
+    if nats:
+        tables = model.place_tables()
+        assert torch.equal(first.v_BTHD[0, :, 3], place_codes(tables, T, 32))
+        q, k = S.augment(*again[:2], follow(y[:, :, 3:], tables, documents, nats), S.ATTENTION_SCALE, "append")
+        again = again._replace(q_BTHD=q, k_BTHD=k)
+    assert all(torch.equal(x, y) for x, y in zip(second[:3], again[:3], strict=True))
+    assert (found - logits_of(plain, tokens)).abs().max() > 1e-3
+    x, y = (m.train().hidden(tokens, context_of(m, tokens))[0] for m in (model, plain))
+    assert torch.equal(x, y)
 
 
 def test_codes_tell_all_tokens_apart():

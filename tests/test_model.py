@@ -304,7 +304,7 @@ def test_training_starts_as_a_no_op(impl):
 
 
 def dense_bias(module, q, length):
-    coefficients, prediction = module(q, PositionTables(module.shape, length, q.dtype)())
+    coefficients, prediction = module(q, PositionTables(module.shape.frequencies(), length, q.dtype)())
     return coefficients.query_features() @ coefficients.tables.key_TF.T, prediction
 
 

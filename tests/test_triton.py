@@ -259,6 +259,8 @@ def test_the_compiled_model_is_strictly_causal(source, bias, bare, training):
                     SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE=source, SPECTRAL_POINTER_NEAR_BLOCKS=2,
                     SPECTRAL_POINTER_LOCAL_BLOCKS=2, SPECTRAL_POINTER_FLOOR=-30, SPECTRAL_POINTER_READERS=(1 - bias) * 2,
                     SPECTRAL_WINDOW_HOLD=0.9)
+    if source in ("content", "mixed") and not bare:
+        settings |= dict(SPECTRAL_POINTER_FOLLOW=8)
     if bare:
         settings |= {f"SPECTRAL_POINTER_{name}": 0 for name in ("QUIET", "TRUST", "FOCUS", "SHRINK")}
     config = S.Config.from_environment({name: str(value) for name, value in settings.items()})

@@ -1,11 +1,14 @@
-"""What tells a key from the others of its template? A toy on the CPU.
+"""What tells a key from the others of its template, and does it help to be drawn to what stands behind the places just found?
+A toy on the CPU.
 
     python results/cpu-toys/keys.py SHARD KNOWN SEED        # 1,200 steps, then lines of JSON
 
 The toy of two_heads.py (QUIET 10), but a statement is a key of four words, none to three words of its template, a value of six
-and a word, and KNOWN is the share of the training statements that take their template from another one of the sequence. Scored
-on natural text, and on 256 sequences with eight statements of one template and a question for one of them: first tokens and
-whole values said right, by the number of words between key and value, with codes read once and with a focus.
+and a word, and KNOWN is the share of the training statements that take their template from another one of the sequence. Scored,
+shrunk by 1 and divided, with a focus on runs or following or both, on natural text and statements as in focus.py, and on 256
+sequences with eight statements of one template and a question for one of them: first tokens and whole values said right, by the
+number of words between key and value. In scoring a claim lasts 32 tokens: eight equal matches claim nothing, and the key has
+been found before the words behind it.
 """
 
 import json
@@ -13,6 +16,7 @@ import sys
 import time
 from collections import defaultdict
 
+import claims
 import mix_shares as toy
 import numpy as np
 import sharpness
@@ -22,7 +26,10 @@ import two_heads
 from tied_head import common_text
 
 KEY, VALUE, STATEMENTS, ASKED = 4, 6, 0.15, 256
-SETTINGS = ((0, None), (1, None), (1, (0.5, 3)), (1, (1, 3)), (1, (2, 3)))  # (shrink, focus)
+FOCUS, FOLLOW = (1, 3), (8, 7)
+SETTINGS = ((None, None, True), (FOCUS, None, True), (None, (4, 7), False), (None, FOLLOW, True), (None, (16, 7), False),
+            (None, (8, 4), False), (FOCUS, FOLLOW, True))  # (focus, follow, on long text too)
+LASTING = 32  # tokens
 
 
 def template(rng):
@@ -74,29 +81,44 @@ def questions(rng, text):
         yield torch.from_numpy(row)[None], toy.T + 1 - size + KEY + between, between
 
 
-def main(shard, known, seed):
-    toy.Attention.forward, toy.batch = sharpness.forward, batch_of(float(known))
-    text = common_text(shard)
-    torch.manual_seed(int(seed))
-    model, start = two_heads.Model(0, 10), time.time()
-    sharpness.train(model, two_heads.optimizers_of(model), text[:-400_000], seed, statements=STATEMENTS)
-    held = text[-400_000:]
-    asked = list(questions(np.random.RandomState(99), held))
-    (length, plain, _), *_ = sharpness.sequences(held)
-    two_heads.fair = two_heads.runs = True
-    for two_heads.shrink, two_heads.focus in SETTINGS:
+def lasting(logits_BHTT):
+    """As claims.readable, but every token reads what the last ones claimed too."""
+    of_values, of_codes, number = claims.readable(logits_BHTT)
+    causal = torch.ones_like(of_values[0, 0]).tril()
+
+    def last(seen):
+        seen = F.pad(seen.float().flatten(0, 1).mT, (LASTING - 1, 0))
+        return (F.max_pool1d(seen, LASTING, 1).mT.view_as(of_values) > 0) & causal
+
+    return last(of_values), last(of_codes), number
+
+
+def score(model, text, line):
+    """Lines of JSON for a model, which `line` names."""
+    start, asked = time.time(), list(questions(np.random.RandomState(99), text))
+    near, far = sharpness.sequences(text)
+    two_heads.readable, two_heads.fair, two_heads.runs, two_heads.shrink = lasting, True, True, 1
+    for two_heads.focus, two_heads.follow, both in SETTINGS:
         first, whole = defaultdict(list), defaultdict(list)
         with torch.no_grad():
-            loss = np.mean([F.cross_entropy(model(t[:, :-1])[0, length // 2 :], t[0, length // 2 + 1 :]).item() for t in plain])
             for tokens, at, between in asked:
                 right = (model(tokens[:, :-1])[0].argmax(-1) == tokens[0, 1:])[at - 1 : at - 1 + VALUE]
                 first[between].append(right[0].item())
                 whole[between].append(right.all().item())
-        line = dict(known=float(known), seed=int(seed), shrink=two_heads.shrink, focus=two_heads.focus,
-                    text_loss=round(float(loss), 4))
+        line |= dict(focus=two_heads.focus, follow=two_heads.follow)
         for name, hits in (("first", first), ("whole", whole)):
             line[name] = [round(float(np.mean(hits[between])), 4) for between in range(4)]
+        line |= dict(near=sharpness.scores(model, *near), far=sharpness.scores(model, *far) if both else None)
         print(json.dumps(line | dict(seconds=round(time.time() - start))), flush=True)
+
+
+def main(shard, known, seed):
+    toy.Attention.forward, toy.batch = sharpness.forward, batch_of(float(known))
+    text = common_text(shard)
+    torch.manual_seed(int(seed))
+    model = two_heads.Model(0, 10)
+    sharpness.train(model, two_heads.optimizers_of(model), text[:-400_000], seed, statements=STATEMENTS)
+    score(model, text[-400_000:], dict(known=float(known), seed=int(seed)))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ shrink = 0  # standard deviations of what codes say by chance, by which all that
 fair = False  # and then multiplied by what gives a token that has all of the attention its gate again
 focus = None  # (a, n): codes are read again, the factor of the logits 1 + a times the mean of the last n tokens' shares, or
 runs = False  # of the products of the last 1, ..., n
+follow = None  # (nats, n): codes are read again, a place's logit larger by so much times the mean of the shares that the last n
+# tokens gave to the places as many tokens before it
 
 
 def softshrink(x, by):
@@ -73,16 +75,20 @@ class Reader(toy.Attention):
         of_values, of_codes, self.claims = readable(logits.masked_fill(age < 0, float("-inf")))
         self.factor = (2 * torch.tanh(F.linear(x, self.w_sharp, self.b_sharp) / 2)).exp().mT[..., None]
         values = logits.masked_fill(~of_values, float("-inf")).softmax(-1)
-        if focus or self.w_again is not None:
+        onward = 0
+        if focus or follow or self.w_again is not None:
             with torch.no_grad():
-                first = (claims.sharp_codes * logits).masked_fill(~of_codes, float("-inf")).softmax(-1) @ codes[:, None]
-                right = shares(first, codes)
+                first = (claims.sharp_codes * logits).masked_fill(~of_codes, float("-inf")).softmax(-1)
+                if follow:
+                    nats, n = follow
+                    onward = sum(F.pad(first[..., :-lag, :-lag], (lag, 0, lag, 0)) for lag in range(1, n + 1)) * nats / n
+                right = shares(first @ codes[:, None], codes)
         if self.w_again is not None:
             self.factor = (2 * torch.tanh(3 * (right * self.w_again[:, None]).sum(-1) / 2)).exp()[..., None]
         elif focus:
             right = right[..., : focus[1]]
             self.factor = 1 + focus[0] * (right.cumprod(-1) if runs else right).mean(-1, keepdim=True)
-        of_codes = (claims.sharp_codes * self.factor * logits).masked_fill(~of_codes, float("-inf")).softmax(-1)
+        of_codes = (claims.sharp_codes * self.factor * logits + onward).masked_fill(~of_codes, float("-inf")).softmax(-1)
         near = (age >= 0) & (age < sharpness.WINDOW)
         rest = F.scaled_dot_product_attention(*(x[:, heads:] for x in (q, k, v)), near, scale=0.35)
         y = torch.cat([values @ v[:, :heads], rest], 1)
