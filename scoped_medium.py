@@ -75,6 +75,7 @@ from model.attention import (
 )
 from model.attn_bias import (
     MAX_POSITION,
+    BiasCoefficients,
     LayerTelemetry,
     ListShape,
     PointerState,
@@ -82,12 +83,11 @@ from model.attn_bias import (
     SpectralBias,
     SpectralShape,
     augment,
-    follow,
     length_scale,
     past_lists,
-    place_codes,
     place_frequencies,
     pointer_lists,
+    read_codes,
     scope_bins,
     scope_stats,
     window_lists,
@@ -415,11 +415,6 @@ class Config:
         return self.content_pointers and self.spectral_pointer_copy and not self.pooled
 
     @property
-    def reads_codes_twice(self) -> bool:
-        """In evaluation."""
-        return self.copying and bool(self.spectral_pointer_focus or self.spectral_pointer_follow)
-
-    @property
     def folded_features(self) -> int:
         """Dimensions of a head that the bias's features take."""
         folds = self.spectral_bias and self.spectral_impl == "qk_aug" and self.spectral_qk_layout == "fold"
@@ -683,29 +678,15 @@ class Attention(nn.Module):
         if self.content is None or codes_TD is None:
             y, found_BTPD = read(heads), None
         else:
-            P, twice = self.content.shape.heads, not self.training and config.reads_codes_twice
-            codes = heads.first(P).seeing(codes_TD)
-            follows = twice and places is not None
-            seen = codes.beside(codes.seeing(place_codes(places, T, config.head_dim).type_as(v))) if follows else codes
-            y, found_BTPD, placed_BTPD = read(heads.beside(seen)).split([config.num_heads, P, P * follows], 2)
-            if twice:
-                found_BTPD = read(self.look_again(codes, codes_TD, found_BTPD, placed_BTPD, places, documents))
+            focus, nats = (0.0, 0.0) if self.training else (config.spectral_pointer_focus, config.spectral_pointer_follow)
+            y, found_BTPD = read_codes(self.content, heads, codes_TD, documents, read, places, focus, nats, self.draw)
         return F.linear(y.reshape(B, T, -1), self.out_w.type_as(x)), found_BTPD, telemetry
 
-    def look_again(self, codes: Heads, codes_TD: Tensor, found_BTPD: Tensor, placed_BTPD: Tensor, places,
-                   documents: Documents) -> Heads:
-        """The pointer heads of a second reading of codes: sharper where the last tokens were found, and drawn to what stands
-        behind their places, by what a first reading found of codes and of places."""
-        config = self.config
-        if config.spectral_pointer_focus:
-            codes = self.content.focus(codes, found_BTPD[0], codes_TD, documents, config.spectral_pointer_focus)
-        if places is None:
-            return codes
-        behind = follow(placed_BTPD, places, documents, config.spectral_pointer_follow)
+    def draw(self, heads: Heads, bias: BiasCoefficients) -> Heads:
         if self.backend == "triton":  # its kernels add a bias themselves
-            return codes._replace(bias=behind if codes.bias is None else codes.bias.plus(behind))
-        q, k = augment(codes.q_BTHD, codes.k_BTHD, behind, ATTENTION_SCALE, "append")
-        return codes._replace(q_BTHD=q, k_BTHD=k)
+            return heads.drawn(bias)
+        q, k = augment(heads.q_BTHD, heads.k_BTHD, bias, ATTENTION_SCALE, "append")
+        return heads._replace(q_BTHD=q, k_BTHD=k)
 
     def point(self, x: Tensor, q: Tensor, k: Tensor, offsets: BlockLists | None, rotary: Rotary, context: Context,
               long_window: bool):

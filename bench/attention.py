@@ -54,10 +54,9 @@ from model.attn_bias import (
     SpectralBias,
     SpectralShape,
     augment,
-    follow,
-    place_codes,
     place_frequencies,
     pointer_lists,
+    read_codes,
     window_lists,
 )
 from model.content import ContentPointers, ContentShape, Heads, token_codes
@@ -292,12 +291,8 @@ def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool
         heads = Heads(q, k, v, choose(marks, documents))
         if not copying:
             return read(heads)
-        codes = heads.first(shape.heads).seeing(codes_TD)
-        seen = codes.beside(codes.seeing(place_codes(places(), len(codes_TD), D).type_as(v))) if again else codes
-        y, found, placed = read(heads.beside(seen)).split([H, shape.heads, shape.heads * again], 2)
-        if again:
-            codes = module.focus(codes, found[0], codes_TD, documents, 1.0)
-            found = read(codes._replace(bias=follow(placed, places(), documents, 8.0)))
+        twice = (places(), 1.0, 8.0) if again else ()
+        y, found = read_codes(module, heads, codes_TD, documents, read, *twice)
         return torch.cat([y[:, :, : shape.heads] + found, y[:, :, shape.heads :]], 2)
 
     def layer(q, k, v, documents):

@@ -13,6 +13,7 @@ W list slots, L spectral layers.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import BLOCK, BlockLists, Documents
-from model.content import ContentTelemetry, before, content_stats
+from model.content import ContentPointers, ContentTelemetry, Heads, before, content_stats
 
 RADIX = 128  # base in which positions are split: digits up to 128 are exact in bf16 (8 significant bits)
 MAX_POSITION = RADIX**3  # three digits: 2,097,152 tokens
@@ -159,15 +160,35 @@ def follow(found_BTPD: Tensor, tables: Tables, documents: Documents, nats: float
     a the shares of a first reading, and so nats times the mean share that the last n tokens gave to the places as many tokens
     before j, and noise. found_BTPD: what that reading found of `place_codes`; a token of another document found nothing."""
     K = tables.cos_TK.size(-1)
-    read_cos, read_sin, _ = found_BTPD.float().split([K, K, found_BTPD.size(-1) - 2 * K], -1)
-    cos, sin = torch.zeros_like(read_cos), torch.zeros_like(read_sin)
+    found_BTPF = found_BTPD[..., : 2 * K].float()
+    cos = sin = torch.zeros_like(found_BTPF[..., :K])
     for lag in range(1, FOLLOWED + 1):
-        c, s = (before(x, lag, documents) for x in (read_cos, read_sin))
+        c, s = before(found_BTPF, lag, documents).split(K, -1)
         turn_cos, turn_sin = tables.cos_TK[lag], tables.sin_TK[lag]
         cos, sin = cos + c * turn_cos - s * turn_sin, sin + s * turn_cos + c * turn_sin
     cos, sin = (nats / (FOLLOWED * K) * x.transpose(1, 2) for x in (cos, sin))
     zeros = torch.zeros_like(cos[..., 0])
     return BiasCoefficients(cos, sin, zeros, zeros, tables)
+
+
+def read_codes(content: ContentPointers, heads: Heads, codes_TD: Tensor, documents: Documents, read: Callable[[Heads], Tensor],
+               places: Tables | None = None, focus: float = 0.0, nats: float = 0.0,
+               draw: Callable[[Heads, BiasCoefficients], Heads] = Heads.drawn) -> tuple[Tensor, Tensor]:
+    """What a layer's heads read of values, [B, T, H, D], and its pointer heads of the tokens' codes, [B, T, P, D]. With `focus`
+    or `nats` codes are read once more: sharper where the last tokens were found, and drawn to what stands behind their places
+    (`places`, the tables of `place_frequencies`), by what the first reading found of codes and of places."""
+    H, P = heads.q_BTHD.size(2), content.shape.heads
+    seen = codes = heads.first(P).seeing(codes_TD)
+    if nats:
+        seen = codes.beside(codes.seeing(place_codes(places, *codes_TD.shape).type_as(codes_TD)))
+    y, found_BTPD, placed_BTPD = read(heads.beside(seen)).split([H, P, P if nats else 0], 2)
+    if not (focus or nats):
+        return y, found_BTPD
+    if focus:
+        codes = content.focus(codes, found_BTPD[0], codes_TD, documents, focus)
+    if nats:
+        codes = draw(codes, follow(placed_BTPD, places, documents, nats))
+    return y, read(codes)
 
 
 class Prediction(NamedTuple):

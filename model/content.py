@@ -99,6 +99,10 @@ class Heads(NamedTuple):
         """The same heads with the same values for all of them."""
         return self._replace(v_BTHD=values_TD[None, :, None].expand(*self.q_BTHD.shape[:3], -1))
 
+    def drawn(self, bias) -> "Heads":
+        """The same heads with a BiasCoefficients more."""
+        return self._replace(bias=bias if self.bias is None else self.bias.plus(bias))
+
     def first(self, P: int) -> "Heads":
         q, k, v = (x[:, :, :P] for x in self[:3])
         lists = BlockLists(*(x[:, :P] for x in self.lists[:3]), readers=self.lists.readers)
