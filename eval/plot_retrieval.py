@@ -43,7 +43,7 @@ def tokens(number: float) -> str:
     """8k, 64k, 1M: as people say lengths that are powers of two."""
     for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
         if number >= size:
-            return f"{number / size:.3g}{unit}"
+            return f"{number / size:.4g}{unit}"
     return f"{number:.0f}"
 
 

@@ -36,6 +36,7 @@ class Tiling(NamedTuple):
 
 FORWARD = Tiling(block=128, warps=8, stages=3)
 FORWARD_BIAS = Tiling(block=128, warps=8, stages=2)  # the features leave no room for a third stage
+FORWARD_WIDE = Tiling(block=64, warps=8, stages=3)  # more than 64 features
 BACKWARD_KV = Tiling(block=64, warps=8, stages=3)
 BACKWARD_Q = Tiling(block=64, warps=8, stages=3)
 
@@ -409,7 +410,7 @@ def attend(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, qf_BHTF: Tensor | Non
            seen_BHTw: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """out [B, T, H, D] and lse [B, H, T]; all inputs contiguous."""
     B, T, H, D = q_BTHD.shape
-    tiling = FORWARD if qf_BHTF is None else FORWARD_BIAS
+    tiling = FORWARD if qf_BHTF is None else FORWARD_BIAS if qf_BHTF.size(-1) <= 64 else FORWARD_WIDE
     N, rows = T // BLOCK, tiling.block
     out, lse = torch.empty_like(q_BTHD), torch.empty(B, H, T, device=q_BTHD.device, dtype=torch.float32)
     q, k = _rows(q_BTHD, BLOCK), _rows(k_BTHD, rows)
