@@ -200,7 +200,7 @@ class Config:
     spectral_pointer_focus: float = _spectral(1.0, "content, in evaluation: part by which logits grow where codes are read, "
                                                    "if the last three tokens were found just before they came", low=0)
     spectral_pointer_follow: float = _spectral(0.0, "content, in evaluation: nats by which a bias draws the reading of codes "
-                                                    "to what stands behind the places that the last tokens found", low=0)
+                                                    "to what stands behind the place that was surely found last", low=0)
     spectral_landmark_dim: int = _spectral(32, "content: dimensions of a landmark", low=16, high=64)
     spectral_pointer_copy: bool = _spectral(True, "content: heads that search read, beside values, which tokens stand there, "
                                                  "and the output head says them, however rarely training does")

@@ -28,7 +28,7 @@ from model.content import ContentPointers, ContentTelemetry, Heads, before, cont
 RADIX = 128  # base in which positions are split: digits up to 128 are exact in bf16 (8 significant bits)
 MAX_POSITION = RADIX**3  # three digits: 2,097,152 tokens
 PLACE_BANDS = 24  # of what is read of places, at most: with six of the bias and the digits they fill 64 features
-FOLLOWED = 7  # tokens whose finds draw the next one
+FOLLOWED = 7  # tokens whose finds can draw the next one
 REGULARISERS = ("high_band", "zero_mean", "entropy_floor", "edge")
 
 
@@ -143,7 +143,7 @@ class BiasCoefficients(NamedTuple):
 def place_frequencies(head_dim: int) -> Tensor:
     """[K], radians per token, uniform over [0, pi), the same in every run: the mean over them of cos(omega (j - j')) is 1 at
     j = j', and elsewhere noise with a standard deviation of (2 K)**-0.5 (random Fourier features, Rahimi and Recht 2007)."""
-    return torch.from_numpy(np.random.RandomState(0).uniform(0, math.pi, min(PLACE_BANDS, head_dim // 2)))
+    return torch.tensor(np.random.RandomState(0).uniform(0, math.pi, min(PLACE_BANDS, head_dim // 2)))
 
 
 def place_codes(tables: Tables, tokens: int, head_dim: int) -> Tensor:
@@ -152,21 +152,27 @@ def place_codes(tables: Tables, tokens: int, head_dim: int) -> Tensor:
     return F.pad(codes_TF, (0, head_dim - codes_TF.size(-1)))
 
 
-def follow(found_BTPD: Tensor, tables: Tables, documents: Documents, nats: float) -> BiasCoefficients:
-    """A bias towards what stands behind the places that the last tokens found: of token i and place j
+def follow(placed_BTPD: Tensor, right_TPn: Tensor, nats_BTP: Tensor, tables: Tables, documents: Documents) -> BiasCoefficients:
+    """A bias towards what stands behind the place that was found last, surely and rightly: of token i and place j
 
-        nats / n sum_l sum_j' a_{i-l}(j') mean_k cos(omega_k (j - j' - l)),   l = 1 ... n = FOLLOWED,
+        nats_i sum_l w_il sum_j' a_{i-l}(j') mean_k cos(omega_k (j - j' - l)),   w_il = s_il prod_{m<l} (1 - s_im),
 
-    a the shares of a first reading, and so nats times the mean share that the last n tokens gave to the places as many tokens
-    before j, and noise. found_BTPD: what that reading found of `place_codes`; a token of another document found nothing."""
+    l, m = 1 ... FOLLOWED, a the shares of a first reading, and s_il the sum of the squares of those of token i - l, 1 where it
+    looked at one place alone, times the share that it gave to the token that came then. So this is nats times the share that
+    the last token to be sure and right gave to the place as many tokens before j, and noise. placed_BTPD: what the first
+    reading found of `place_codes`, nothing in another document. right_TPn: `ContentPointers.trust`. nats_BTP: float32."""
     K = tables.cos_TK.size(-1)
-    found_BTPF = found_BTPD[..., : 2 * K].float()
-    cos = sin = torch.zeros_like(found_BTPF[..., :K])
+    placed_BTPF = placed_BTPD[..., : 2 * K].float()
+    sure_BTP1 = placed_BTPF.square().sum(-1, keepdim=True) / K
+    cos = sin = torch.zeros_like(placed_BTPF[..., :K])
+    left_BTP1 = nats_BTP[..., None] / K
     for lag in range(1, FOLLOWED + 1):
-        c, s = before(found_BTPF, lag, documents).split(K, -1)
+        found_BTP1 = (before(sure_BTP1, lag, documents) * right_TPn[..., lag - 1 : lag].float()).clamp(0, 1)
+        c, s = (left_BTP1 * found_BTP1 * before(placed_BTPF, lag, documents)).split(K, -1)
         turn_cos, turn_sin = tables.cos_TK[lag], tables.sin_TK[lag]
         cos, sin = cos + c * turn_cos - s * turn_sin, sin + s * turn_cos + c * turn_sin
-    cos, sin = (nats / (FOLLOWED * K) * x.transpose(1, 2) for x in (cos, sin))
+        left_BTP1 = left_BTP1 * (1 - found_BTP1)
+    cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
     zeros = torch.zeros_like(cos[..., 0])
     return BiasCoefficients(cos, sin, zeros, zeros, tables)
 
@@ -176,7 +182,8 @@ def read_codes(content: ContentPointers, heads: Heads, codes_TD: Tensor, documen
                draw: Callable[[Heads, BiasCoefficients], Heads] = Heads.drawn) -> tuple[Tensor, Tensor]:
     """What a layer's heads read of values, [B, T, H, D], and its pointer heads of the tokens' codes, [B, T, P, D]. With `focus`
     or `nats` codes are read once more: sharper where the last tokens were found, and drawn to what stands behind their places
-    (`places`, the tables of `place_frequencies`), by what the first reading found of codes and of places."""
+    (`places`, the tables of `place_frequencies`), by what the first reading found of codes and of places. A token whose first
+    reading found one token alone is not drawn: behind a link the next token stands elsewhere."""
     H, P = heads.q_BTHD.size(2), content.shape.heads
     seen = codes = heads.first(P).seeing(codes_TD)
     if nats:
@@ -184,10 +191,12 @@ def read_codes(content: ContentPointers, heads: Heads, codes_TD: Tensor, documen
     y, found_BTPD, placed_BTPD = read(heads.beside(seen)).split([H, P, P if nats else 0], 2)
     if not (focus or nats):
         return y, found_BTPD
+    right_TPn = content.trust(found_BTPD[0], codes_TD, documents)
     if focus:
-        codes = content.focus(codes, found_BTPD[0], codes_TD, documents, focus)
+        codes = codes.focused(right_TPn, focus)
     if nats:
-        codes = draw(codes, follow(placed_BTPD, places, documents, nats))
+        unsure_BTP = (1 - found_BTPD.float().square().mean(-1)).clamp(min=0)  # 1 - the sum of the squares of tokens' shares
+        codes = draw(codes, follow(placed_BTPD, right_TPn, nats * unsure_BTP.square(), places, documents))
     return y, read(codes)
 
 

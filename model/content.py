@@ -99,6 +99,13 @@ class Heads(NamedTuple):
         """The same heads with the same values for all of them."""
         return self._replace(v_BTHD=values_TD[None, :, None].expand(*self.q_BTHD.shape[:3], -1))
 
+    def focused(self, right_THn: Tensor, part: float) -> "Heads":
+        """The same heads, their queries times 1 + part times the mean of the shares (`ContentPointers.trust`) of the last
+        token, of the last two (their product) and of the last three."""
+        a_TH, b_TH, c_TH = right_THn[..., :3].unbind(-1)
+        run_TH = a_TH * (1 + b_TH * (1 + c_TH)) / 3
+        return self._replace(q_BTHD=self.q_BTHD * (1 + part * run_TH)[..., None].type_as(self.q_BTHD))
+
     def drawn(self, bias) -> "Heads":
         """The same heads with a BiasCoefficients more."""
         return self._replace(bias=bias if self.bias is None else self.bias.plus(bias))
@@ -234,13 +241,6 @@ class ContentPointers(nn.Module):
         many unsure finds are not worth a sure one; a quarter of it where the token claimed nothing, as one before it had."""
         claims = torch.zeros(*time_BHNW.shape[:3], BLOCK + 1, device=time_BHNW.device).scatter(-1, time_BHNW.long(), 1)
         return (log_odds_BHNR.sigmoid().square() * (0.25 + 0.75 * claims[..., :BLOCK])).flatten(2)
-
-    def focus(self, heads: Heads, found_TPD: Tensor, codes_TD: Tensor, documents: Documents, part: float) -> Heads:
-        """The pointer heads, their queries, landmarks folded in, times 1 + part times the mean of the shares, in a first
-        reading of codes, of the last token, of the last two (their product) and of the last three."""
-        a_TP, b_TP, c_TP = self.trust(found_TPD, codes_TD, documents)[..., :3].unbind(-1)
-        run_TP = a_TP * (1 + b_TP * (1 + c_TP)) / 3
-        return heads._replace(q_BTHD=heads.q_BTHD * (1 + part * run_TP)[..., None].type_as(heads.q_BTHD))
 
     def say(self, x_TC: Tensor, found_TPD: Tensor, codes_TD: Tensor, documents: Documents) -> Tensor:
         """[T, D]; its product with a token's code is the token's share of the attention, times a gate of the final stream's and

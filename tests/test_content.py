@@ -334,7 +334,7 @@ def test_a_head_looks_more_sharply_where_it_has_just_been_right():
     documents, codes = Documents.of(tokens, DELIMITER), token_codes(128, 128, 32).double()
     heads = Heads(*(noise((1, T, 2, 32), i).double() for i in range(3)), None)
     first, start = 2 * noise((1, T, 2, 32), 4).double(), 0
-    again = module.focus(heads, first[0], codes[tokens], documents, 0.7)
+    again = heads.focused(module.trust(first[0], codes[tokens], documents), 0.7)
     assert all(x is y for x, y in zip(again[1:], heads[1:], strict=True))
     for t in range(100):
         start = t if tokens[t] == DELIMITER else start
@@ -346,30 +346,35 @@ def test_a_head_looks_more_sharply_where_it_has_just_been_right():
             torch.testing.assert_close(again.q_BTHD[0, t, h], heads.q_BTHD[0, t, h] * (1 + 0.7 * runs / 3))
 
 
-def test_a_bias_draws_to_what_stands_behind_the_places_found():
-    """Place by place, against its definition; and nearly the mean share itself."""
-    length, nats = BLOCK, 6.0
+def test_a_bias_draws_to_what_stands_behind_the_place_found_last():
+    """Place by place, against its definition; and nearly the share of that place itself."""
+    length, nats_T2 = BLOCK, 2 + 2 * noise((BLOCK, 2), 2).double().abs()
     tokens = documents_of(length, 3, mean_length=40)
     documents = Documents.of(tokens, DELIMITER)
     tables = PositionTables(place_frequencies(32), length, torch.float64)()
     values, omega = place_codes(tables, length, 32), place_frequencies(32)
-    sharp = 4 * noise((2, length, length), 1).double()
+    sharp = 4 * noise((2, length, length), 1).double() * noise((2, length, 1), 3).double().abs()
     a_PTT = sharp.masked_fill(torch.ones(length, length).triu(1) > 0, float("-inf")).softmax(-1)
-    bias = follow((a_PTT @ values).transpose(0, 1)[None], tables, documents, nats)
+    right_T28 = 0.3 + noise((length, 2, 8), 4).double()
+    bias = follow((a_PTT @ values).transpose(0, 1)[None], right_T28, nats_T2[None], tables, documents)
     rows, found = torch.arange(length), bias.query_features().double() @ tables.key_TF.T
+    apart = rows[:, None] - rows
+    near = torch.cos(omega * apart[..., None]).mean(-1)
+    sure = torch.einsum("hij,hik,jk->hi", a_PTT, a_PTT, near)
     shares = torch.zeros(2, length, length, dtype=torch.float64)
     for h, i in [(h, i) for h in range(2) for i in range(length)]:
-        expected = torch.zeros(length, dtype=torch.float64)
+        expected, left = torch.zeros(length, dtype=torch.float64), nats_T2[i, h]
         for lag in range(1, FOLLOWED + 1):
             if i < lag or documents.id_T[i - lag] != documents.id_T[i]:
                 continue
-            apart = rows[:, None] - rows - lag  # [j, j']
-            expected += nats / FOLLOWED * (torch.cos(omega * apart[..., None]).mean(-1) * a_PTT[h, i - lag]).sum(-1)
-            shares[h, i, lag:] += nats / FOLLOWED * a_PTT[h, i - lag, : length - lag]
+            weight = left * (sure[h, i - lag] * right_T28[i, h, lag - 1]).clamp(0, 1)
+            expected += weight * (torch.cos(omega * (apart - lag)[..., None]).mean(-1) * a_PTT[h, i - lag]).sum(-1)
+            shares[h, i, lag:] += weight * a_PTT[h, i - lag, : length - lag]
+            left = left - weight
         torch.testing.assert_close(found[0, h, i], expected, rtol=1e-5, atol=1e-5)
-    assert found.requires_grad is False and (shares > 0.5).sum() > 100
+    assert found.requires_grad is False and (shares > 0.5).sum() > 100 and sure.std() > 0.1
     close = (found[0] - shares)[shares > 0.5]
-    assert close.mean().abs() < 0.3 and close.std() < nats / math.sqrt(2 * len(omega))
+    assert close.mean().abs() < 0.3 and close.std() < nats_T2.mean() / math.sqrt(2 * len(omega))
 
 
 def test_two_biases_are_added():
@@ -409,12 +414,16 @@ def test_codes_are_read_twice_in_evaluation(focus, nats):
     attention = next(block.attn for block in model.blocks if block.attn is not None and block.attn.content is not None)
     again = first.first(1).seeing(codes)
     assert torch.equal(first.v_BTHD[0, :, 2], codes)
+    right = attention.content.trust(y[0, :, 2:3], codes, documents)
     if focus:
-        again = attention.content.focus(again, y[0, :, 2:3], codes, documents, focus)
+        again = again.focused(right, focus)
     if nats:
         tables = model.place_tables()
         assert torch.equal(first.v_BTHD[0, :, 3], place_codes(tables, T, 32))
-        q, k = S.augment(*again[:2], follow(y[:, :, 3:], tables, documents, nats), S.ATTENTION_SCALE, "append")
+        unsure = (1 - y[:, :, 2:3].square().sum(-1) / 32).clamp(min=0)
+        assert 0.05 < unsure.mean() < 0.95
+        bias = follow(y[:, :, 3:], right, nats * unsure**2, tables, documents)
+        q, k = S.augment(*again[:2], bias, S.ATTENTION_SCALE, "append")
         again = again._replace(q_BTHD=q, k_BTHD=k)
     assert all(torch.equal(x, y) for x, y in zip(second[:3], again[:3], strict=True))
     assert (found - logits_of(plain, tokens)).abs().max() > 1e-3

@@ -206,7 +206,7 @@ def test_two_processes_mix_and_search_as_one(settings, tmp_path):
     variables = settings | dict(LOG_DIR=tmp_path, NUM_ITERATIONS=4, BATCH_TOKENS=3 * 512, TRAIN_SEQ_LEN=512, RETRIEVAL_MIX=0.3,
                                 SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="content", SPECTRAL_POINTER_NEAR_BLOCKS=1,
                                 SPECTRAL_POINTER_HEADS=1, SPECTRAL_LANDMARK_DIM=16, SPECTRAL_POINTER_FAR_BLOCKS=2,
-                                SPECTRAL_POINTER_FLOOR=-30)
+                                SPECTRAL_POINTER_FLOOR=-30, SPECTRAL_POINTER_FOLLOW=8)
     result = finish(start(variables | dict(RUN_NAME="two"), processes=2))
     assert result.returncode == 0, result.stderr
     main(variables | dict(RUN_NAME="one"))

@@ -26,9 +26,9 @@ import two_heads
 from tied_head import common_text
 
 KEY, VALUE, STATEMENTS, ASKED = 4, 6, 0.15, 256
-FOCUS, FOLLOW = (1, 3), (8, 7)
-SETTINGS = ((None, None, True), (FOCUS, None, True), (None, (4, 7), False), (None, FOLLOW, True), (None, (16, 7), False),
-            (None, (8, 4), False), (FOCUS, FOLLOW, True))  # (focus, follow, on long text too)
+FOCUS, FOLLOW = (1, 3), (8, 7, 0, 0)
+SETTINGS = ((None, None, True), (FOCUS, None, True), (None, (4, 7, 0, 0), False), (None, FOLLOW, True),
+            (None, (16, 7, 0, 0), False), (None, (8, 4, 0, 0), False), (FOCUS, FOLLOW, True))  # (focus, follow, long text too)
 LASTING = 32  # tokens
 
 

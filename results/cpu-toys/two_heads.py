@@ -33,8 +33,10 @@ shrink = 0  # standard deviations of what codes say by chance, by which all that
 fair = False  # and then multiplied by what gives a token that has all of the attention its gate again
 focus = None  # (a, n): codes are read again, the factor of the logits 1 + a times the mean of the last n tokens' shares, or
 runs = False  # of the products of the last 1, ..., n
-follow = None  # (nats, n): codes are read again, a place's logit larger by so much times the mean of the shares that the last n
-# tokens gave to the places as many tokens before it
+follow = None  # (nats, n, p, latest): codes are read again, a place's logit larger by so much times the mean of the shares that
+# the last n tokens gave to the places as many tokens before it, or, latest, times their sum, each times the sum of its squares,
+# the share of the token that came then and what those of later tokens leave of 1; and times the p-th power of what the squares
+# of the shares of all tokens found leave of 1
 
 
 def softshrink(x, by):
@@ -79,10 +81,17 @@ class Reader(toy.Attention):
         if focus or follow or self.w_again is not None:
             with torch.no_grad():
                 first = (claims.sharp_codes * logits).masked_fill(~of_codes, float("-inf")).softmax(-1)
-                if follow:
-                    nats, n = follow
-                    onward = sum(F.pad(first[..., :-lag, :-lag], (lag, 0, lag, 0)) for lag in range(1, n + 1)) * nats / n
                 right = shares(first @ codes[:, None], codes)
+                if follow:
+                    nats, n, power, latest = follow
+                    onward, left, sure = 0, 1, first.square().sum(-1, keepdim=True)
+                    for lag in range(1, n + 1):
+                        weight = (F.pad(sure[..., :-lag, :], (0, 0, lag, 0)) * right[..., lag - 1 : lag]).clamp(0, 1)
+                        weight = weight if latest else 1 / n
+                        onward = onward + left * weight * F.pad(first[..., :-lag, :-lag], (lag, 0, lag, 0))
+                        left = left * (1 - weight) if latest else 1
+                    of_token = (first @ codes[:, None]).square().sum(-1, keepdim=True) / codes.size(-1)
+                    onward = nats * onward * (1 - of_token).clamp(min=0) ** power
         if self.w_again is not None:
             self.factor = (2 * torch.tanh(3 * (right * self.w_again[:, None]).sum(-1) / 2)).exp()[..., None]
         elif focus:
