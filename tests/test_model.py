@@ -49,6 +49,7 @@ VARIANTS = {
     "content, copies": dict(CONTENT, SPECTRAL_POINTER_COPY=1),
     "content, bare copies": dict(CONTENT, SPECTRAL_POINTER_COPY=1, SPECTRAL_POINTER_QUIET=0, SPECTRAL_POINTER_TRUST=0,
                                  SPECTRAL_POINTER_FOCUS=0, SPECTRAL_POINTER_SHRINK=0),
+    "content, followed": dict(CONTENT, SPECTRAL_POINTER_COPY=1, SPECTRAL_POINTER_FOLLOW=8),
     "content, shared": dict(CONTENT, SPECTRAL_POINTER_READERS=2, SPECTRAL_WINDOW_HOLD=0.9),
     "content and bias": dict(CONTENT, SPECTRAL_BIAS=1, SPECTRAL_L_MAX=T + 1, SPECTRAL_QK_LAYOUT="append"),
     "pooled": CONTENT | dict(SPECTRAL_POINTER_SOURCE="pooled", SPECTRAL_POINTER_HEADS=2, SPECTRAL_POINTER_GLOBAL_BLOCKS=1),
@@ -56,7 +57,8 @@ VARIANTS = {
     "dense, scaled": dict(SPECTRAL_USE_POINTER_MASK=1, SPECTRAL_POINTER_SOURCE="dense", SPECTRAL_LENGTH_SCALE=1),
     "mixed": CONTENT | POINTERS | dict(SPECTRAL_POINTER_SOURCE="mixed", SPECTRAL_QK_LAYOUT="append"),
     "mixed, shared, copies": CONTENT | POINTERS | dict(SPECTRAL_POINTER_SOURCE="mixed", SPECTRAL_QK_LAYOUT="append",
-                                                       SPECTRAL_POINTER_READERS=2, SPECTRAL_POINTER_COPY=1),
+                                                       SPECTRAL_POINTER_READERS=2, SPECTRAL_POINTER_COPY=1,
+                                                       SPECTRAL_POINTER_FOLLOW=8),
     "C wide": dict(POINTERS, SPECTRAL_POINTER_HALF_BLOCKS=2, SPECTRAL_POINTERS=3, SPECTRAL_POINTER_GLOBAL_BLOCKS=0),
 }
 
