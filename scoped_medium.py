@@ -58,6 +58,7 @@ from lifecycle import (
     all_ranks,
     all_reduce,
     collective,
+    exit_at_once,
     free_space,
     newest_readable,
     read_checkpoint,
@@ -1935,9 +1936,7 @@ def main(arguments: list[str]) -> None:
     if line and world()[0] == teller:
         print(line, file=sys.stderr)
     if status and dist.is_initialized():  # without a clean-up of the process group, which could wait for a lost process
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        exit_at_once(status)
     if status:
         sys.exit(status)
     if dist.is_initialized():
@@ -1946,3 +1945,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    if "RANK" in os.environ:
+        exit_at_once(0)

@@ -44,6 +44,7 @@ from lifecycle import (
     LineFile,
     Stop,
     all_ranks,
+    exit_at_once,
     lock_directory,
     parse_lines,
     read_checkpoint,
@@ -785,8 +786,8 @@ def main(arguments=None) -> None:
     except (Stop, ValueError, OSError) as error:
         if not dist.is_initialized():  # all ranks refuse alike
             sys.exit(f"error: {error}" if world()[0] == 0 else 1)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # the others wait for this one: torchrun ends them
+        print(f"error: {error}", file=sys.stderr)
+        exit_at_once(1)  # the others wait for this one: torchrun ends them
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on where it was" if world()[0] == 0 else 1)
     if dist.is_initialized():
@@ -795,3 +796,5 @@ def main(arguments=None) -> None:
 
 if __name__ == "__main__":
     main()
+    if "RANK" in os.environ:
+        exit_at_once(0)
