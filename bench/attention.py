@@ -307,7 +307,7 @@ def content(setting: Setting, tokens: int, backend: str = "triton", shared: bool
     operator, layer = (torch.compile(f, dynamic=False, fullgraph=True) for f in (attend, layer))
     learnt = (module.w_query, module.w_key)
 
-    def blocks(num_BHN):  # a head's; those of a pointer head twice where it copies
+    def blocks(num_BHN):  # a head's; those of a pointer head once more for every reading of codes or places
         return (num_BHN.sum(1) + (copying + 2 * again) * num_BHN[:, : shape.heads].sum(1)).float().mean().item() / H
 
     extras = " (all read what is found)" * shared + ", with copies" * copying + ", codes read twice" * again

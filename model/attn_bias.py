@@ -148,7 +148,7 @@ def place_frequencies(head_dim: int) -> Tensor:
 
 def place_codes(tables: Tables, tokens: int, head_dim: int) -> Tensor:
     """[T, D], cos and sin of omega_k j for every place j, and zeros: as values, they tell where a head looks."""
-    codes_TF = torch.cat([tables.cos_TK[:tokens], tables.sin_TK[:tokens]], -1)
+    codes_TF = tables.key_TF[:tokens, : 2 * tables.cos_TK.size(-1)]
     return F.pad(codes_TF, (0, head_dim - codes_TF.size(-1)))
 
 
