@@ -118,7 +118,8 @@ def var(group: str, default, help: str, low=None, high=None, choices=None):
 _training, _model, _spectral = (partial(var, g) for g in ("training", "model", "spectral"))
 _run, _validation, _compiler, _needle = (partial(var, g) for g in ("run", "validation", "compiler", "needle"))
 RESUME_MUST_MATCH = ("training", "model", "spectral")  # groups in which a resumed run may differ in nothing but
-RESUME_MAY_DIFFER = {"train_files", "epochs", "warmup_steps"}  # these: shards are compared by content
+RESUME_MAY_DIFFER = {"train_files", "epochs", "warmup_steps",  # these: shards are compared by content, and training does not
+                     *(f"spectral_pointer_{x}" for x in ("asking", "focus", "follow", "shrink"))}  # see the others
 CHECKED_PREFIXES = ("SPECTRAL_", "NEEDLE_", "SCOPE_", "FLEXATTN_")  # ours: an unknown name with one is always refused
 
 
@@ -288,6 +289,9 @@ class Config:
         config = cls(**values)
         # Resolved now, so that a checkpoint of this run knows its frequencies whatever length it is evaluated at.
         config = dataclasses.replace(config, spectral_l_train=config.spectral_l_train or config.train_seq_len)
+        if config.spectral_use_pointer_mask and not config.copying and not unread:  # these are on where they can be
+            problems += [f"{name}=1 {config.lacking_copies}" for name in (f"SPECTRAL_POINTER_{x}" for x in (
+                "COPY", "QUIET", "TRUST")) if name in environment and values[name.lower()]]
         return config, problems, unread
 
     def impossible_combinations(self, unread: set[str] = frozenset()) -> list[str]:
@@ -347,6 +351,10 @@ class Config:
                             f"{self.head_dim // 2} dimensions that do not rotate: take fewer bands or "
                             f"SPECTRAL_QK_LAYOUT=append")
         problems += self.impossible_content() if self.content_pointers else []
+        for name in ("focus", "follow", "shrink") if self.spectral_use_pointer_mask and not self.copying else ():
+            value = getattr(self, f"spectral_pointer_{name}")
+            if value not in (0, getattr(Config, f"spectral_pointer_{name}")):
+                problems.append(f"SPECTRAL_POINTER_{name.upper()}={value:g} {self.lacking_copies}")
         if self.spectral_length_scale and not self.dense:
             problems.append(f"SPECTRAL_LENGTH_SCALE=1 is for SPECTRAL_POINTER_SOURCE=dense, not {self.pointer_source}")
         if self.spectral_pointer_mid_frac > self.spectral_pointer_full_frac:
@@ -369,19 +377,20 @@ class Config:
     def impossible_content(self) -> list[str]:
         problems = [f"{name.upper()}={getattr(self, name)} is not a power of two" for name in (
             "spectral_pointer_far_blocks", "spectral_pointer_asking", "spectral_landmark_dim")
-            if getattr(self, name).bit_count() != 1]
+            if getattr(self, name).bit_count() != 1 and not (self.pooled and name == "spectral_landmark_dim")]
         if self.spectral_pointer_heads > self.num_heads:
             problems.append(f"SPECTRAL_POINTER_HEADS={self.spectral_pointer_heads} exceeds NUM_HEADS={self.num_heads}")
         if self.spectral_pointer_readers > self.num_heads:
             problems.append(f"SPECTRAL_POINTER_READERS={self.spectral_pointer_readers} exceeds NUM_HEADS={self.num_heads}")
-        for name in ("focus", "follow", "shrink"):
-            value = getattr(self, f"spectral_pointer_{name}")
-            if value not in (0, getattr(Config, f"spectral_pointer_{name}")) and not self.copying:
-                problems.append(f"SPECTRAL_POINTER_{name.upper()}={value:g} goes with copies: it needs SPECTRAL_POINTER_COPY=1 "
-                                "and landmarks (not pooled)")
+        if 0 < self.spectral_pointer_readers < self.spectral_pointer_heads:
+            problems.append(f"SPECTRAL_POINTER_READERS={self.spectral_pointer_readers}: the SPECTRAL_POINTER_HEADS="
+                            f"{self.spectral_pointer_heads} heads that search read in any case")
         if self.pooled and self.head_dim // 2 not in POINTER_DIMS:
             problems.append(f"SPECTRAL_POINTER_SOURCE=pooled knows HEAD_DIM {', '.join(str(2 * d) for d in POINTER_DIMS)}, not "
                             f"{self.head_dim}")
+        if self.pooled and self.folded_features:
+            problems.append("SPECTRAL_POINTER_SOURCE=pooled searches with dimensions that a folded bias takes: take "
+                            "SPECTRAL_QK_LAYOUT=append")
         if not self.pooled and self.spectral_landmark_dim + self.folded_features > self.head_dim // 2:
             problems.append(f"SPECTRAL_LANDMARK_DIM={self.spectral_landmark_dim} and the bias's {self.folded_features} "
                             f"features exceed the HEAD_DIM / 2 = {self.head_dim // 2} dimensions that do not rotate")
@@ -414,6 +423,12 @@ class Config:
     @property
     def copying(self) -> bool:
         return self.content_pointers and self.spectral_pointer_copy and not self.pooled
+
+    @property
+    def lacking_copies(self) -> str:
+        """Why what goes with copies is of no use."""
+        return (f"goes with copies: it needs SPECTRAL_POINTER_COPY=1 and landmarks, SPECTRAL_POINTER_SOURCE=content or mixed "
+                f"(it is {self.pointer_source})")
 
     @property
     def folded_features(self) -> int:
@@ -1211,7 +1226,7 @@ class MixedAhead:
 # Checkpoints
 
 def differing_settings(old: dict, new: Config, groups: tuple[str, ...]) -> list[str]:
-    """What an older checkpoint does not know had its default then."""
+    """What an older checkpoint does not know is taken to have been what the default is now."""
     pairs = [(f, old.get(f.name, f.default), getattr(new, f.name)) for f in dataclasses.fields(Config)]
     return [f"{f.name.upper()} was {was}, is {now}" for f, was, now in pairs
             if f.metadata["group"] in groups and f.name not in RESUME_MAY_DIFFER and was != now]
@@ -1274,7 +1289,10 @@ def choose_backend(config: Config, device: torch.device) -> tuple[str, bool, str
     longest = MAX_TABLE_BLOCKS * BLOCK
     if config.spectral_use_pointer_mask and config.num_iterations and config.train_seq_len > longest:
         raise Stop(f"TRAIN_SEQ_LEN={config.train_seq_len}: FlexAttention's backward over pointer lists takes at most {longest} "
-                   f"tokens (ATTN_BACKEND=triton has no such limit, and neither has evaluation)")
+                   f"tokens (ATTN_BACKEND=triton has no such limit)")
+    if config.content_pointers and config.max_seq_len > longest:
+        raise Stop(f"sequences of {config.max_seq_len} tokens: FlexAttention takes at most {longest} with pointers that search "
+                   f"(ATTN_BACKEND=triton has no such limit)")
     if compiled and config.needs_flex in ("", "FLEXATTN_COMPILE=0"):
         return "flex", compiled, f"{why}; inside the compiled model"
     if config.flexattn_compile:

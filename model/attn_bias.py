@@ -111,6 +111,10 @@ class BiasCoefficients(NamedTuple):
         return BiasCoefficients(torch.cat([self.cos_BHTK, other.cos_BHTK], -1), torch.cat([self.sin_BHTK, other.sin_BHTK], -1),
                                 self.slope_BHT + other.slope_BHT, self.constant_BHT + other.constant_BHT, tables)
 
+    def times(self, factor_BHT: Tensor) -> "BiasCoefficients":
+        waves = (x * factor_BHT[..., None] for x in (self.cos_BHTK, self.sin_BHTK))
+        return BiasCoefficients(*waves, self.slope_BHT * factor_BHT, self.constant_BHT * factor_BHT, self.tables)
+
     def at(self, q_index: Tensor, kv_index: Tensor) -> Tensor:
         """The bias between given positions; q_index [n, 128, 1] holds whole consecutive blocks, the result has the shape
         of their broadcast behind [B, H]."""

@@ -101,10 +101,11 @@ class Heads(NamedTuple):
 
     def focused(self, right_THn: Tensor, part: float) -> "Heads":
         """The same heads, their queries times 1 + part times the mean of the shares (`ContentPointers.trust`) of the last
-        token, of the last two (their product) and of the last three."""
+        token, of the last two (their product) and of the last three, and their bias as well."""
         a_TH, b_TH, c_TH = right_THn[..., :3].unbind(-1)
-        run_TH = a_TH * (1 + b_TH * (1 + c_TH)) / 3
-        return self._replace(q_BTHD=self.q_BTHD * (1 + part * run_TH)[..., None].type_as(self.q_BTHD))
+        grown_TH = 1 + part * a_TH * (1 + b_TH * (1 + c_TH)) / 3
+        bias = None if self.bias is None else self.bias.times(grown_TH.T[None].float())
+        return self._replace(q_BTHD=self.q_BTHD * grown_TH[..., None].type_as(self.q_BTHD), bias=bias)
 
     def drawn(self, bias) -> "Heads":
         """The same heads with a BiasCoefficients more."""
@@ -285,7 +286,8 @@ class ContentPointers(nn.Module):
 
     @torch.no_grad()
     def far_mass(self, marks: Landmarks, claims: Claims, rows: Rows, documents: Documents, state) -> Tensor:
-        """[P], the share of its attention that a sampled row gives to the blocks that its heads claimed; B must be 1."""
+        """[P], the share of its attention that a sampled row would give to the blocks that its heads claimed if there were
+        neither a bias nor predicted offsets; B must be 1."""
         rows_S, past_ST, weight_S, logits_PST = rows
         block_T = torch.arange(len(documents.id_T), device=rows_S.device) // BLOCK
         tile_S, x_S = rows_S // BLOCK, rows_S % BLOCK
@@ -303,8 +305,10 @@ class ContentPointers(nn.Module):
 
     def fold(self, x_BTHD: Tensor, mark_BTPr: Tensor | None, reserved: int) -> Tensor:
         """Put the marks in the place of the pointer heads' last non-rotating dimensions but `reserved`, which the spectral
-        bias takes; None: zeros, which leaves the content alone."""
+        bias takes; None: zeros in the place of both, which leaves the content alone."""
         P, r, half = self.shape.heads, self.shape.dim, x_BTHD.size(-1) // 2
+        if mark_BTPr is None:
+            r, reserved = r + reserved, 0
         end = half - reserved // 2
         start, x = end - r // 2, x_BTHD[:, :, :P]
         a, b = (x.new_zeros(*x.shape[:3], r) if mark_BTPr is None else mark_BTPr.type_as(x)).chunk(2, -1)

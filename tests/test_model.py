@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import scoped_medium as S
 from data.shards import write_shard
-from model import attention, attn_bias, content
+from model import attention, attn_bias, content, selection
 from model.attention import BLOCK, BlockLists, Documents
 from model.attn_bias import CENTRE_EDGES, DELTA_EDGES, LayerTelemetry, PositionTables, Prediction, SpectralBias, SpectralShape
+from model.selection import Claims
 
 T = 1024  # 8 blocks
 DELIMITER = 40
@@ -107,14 +108,15 @@ def logits_of(model, tokens, step=60):
 # Causality
 
 CHANGES = (300, 512, 639, 1)  # inside a block, at the start of one, at the last token of one, right behind the start
+ONE_DOCUMENT = dict(changes=(300, 639, 700, 1000), mean_length=10**9)  # nothing but this makes many claims
 
 
-def leaks(model, seed):
+def leaks(model, seed, changes=CHANGES, mean_length=350):
     """Positions of change t after which the logits of some earlier position moved, bit for bit. Every t must move some
     logits at or after it."""
-    tokens, other = documents_of(T, seed), documents_of(T, seed + 100)
+    tokens, other = documents_of(T, seed, mean_length), documents_of(T, seed + 100, mean_length)
     before, found = logits_of(model, tokens), []
-    for t in CHANGES:
+    for t in changes:
         after = logits_of(model, torch.cat([tokens[:t], other[t:]]))
         assert not torch.equal(before[t:], after[t:])
         if not torch.equal(before[:t], after[:t]):
@@ -124,8 +126,8 @@ def leaks(model, seed):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_token_sees_the_future(name):
-    for seed in (0, 1):
-        assert leaks(model_for(seed=seed, **VARIANTS[name]), seed) == []
+    assert leaks(model_for(seed=0, **VARIANTS[name]), 0) == []
+    assert leaks(model_for(seed=1, **VARIANTS[name]), 1, **ONE_DOCUMENT) == []
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -167,6 +169,33 @@ def test_the_causality_test_finds_a_wrong_leader(name, rule, monkeypatch):
 def test_the_causality_test_finds_a_wrong_document(monkeypatch):
     monkeypatch.setattr(S.Documents, "of", last_tokens_document)
     assert sum((leaks(model_for(seed=seed), seed) for seed in range(3)), [])
+
+
+def seen_too_early(make_lists):
+    """Of claims that the whole block sees, tokens before the one that claimed too."""
+    def lists(*arguments):
+        return make_lists(*(x._replace(time_BHNW=torch.zeros_like(x.time_BHNW)) if isinstance(x, Claims) else x
+                            for x in arguments))
+
+    return lists
+
+
+SEARCHING = [name for name in VARIANTS if name.startswith(("content", "pooled", "mixed"))]
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_the_causality_test_finds_claims_seen_too_early(name, monkeypatch):
+    for make_lists in ("content_lists", "append_claims"):
+        monkeypatch.setattr(content, make_lists, seen_too_early(getattr(content, make_lists)))
+    assert leaks(model_for(seed=1, **VARIANTS[name]), 1, **ONE_DOCUMENT)
+
+
+@pytest.mark.parametrize("name", [name for name in SEARCHING if name != "mixed"])  # whose offsets leave little to claim
+def test_the_causality_test_finds_thresholds_of_the_block_itself(name, monkeypatch):
+    mean_before = selection._mean_before
+    monkeypatch.setattr(selection, "_mean_before", lambda value_BHN, memory: torch.cat(
+        [mean_before(value_BHN, memory)[..., 1:], value_BHN[..., -1:]], -1))
+    assert any(leaks(model_for(seed=seed, **VARIANTS[name]), seed, **ONE_DOCUMENT) for seed in (1, 2, 3))
 
 
 @pytest.mark.parametrize("name", ["A", "C"])

@@ -547,6 +547,8 @@ def test_refusals(settings, tmp_path, change, said):
 def test_another_share_is_another_configuration():
     old = dataclasses.asdict(S.Config(retrieval_mix=0.05))
     assert S.differing_settings(old, S.Config(retrieval_mix=0.1), S.RESUME_MUST_MATCH) == ["RETRIEVAL_MIX was 0.05, is 0.1"]
+    evaluated = S.Config(retrieval_mix=0.05, spectral_pointer_follow=4.0, spectral_pointer_asking=32)  # training sees neither
+    assert S.differing_settings(old, evaluated, S.RESUME_MUST_MATCH) == []
 
 
 def test_sequences_mixed_ahead_are_those_mixed_in_time(settings, monkeypatch):

@@ -1027,6 +1027,11 @@ def test_pointer_backward_of_flex_has_a_longest_sequence(monkeypatch):
         S.choose_backend(config(**long), torch.device("cuda"))
     S.choose_backend(config(**long, NUM_ITERATIONS=0), torch.device("cuda"))
     S.choose_backend(config(**long | dict(TRAIN_SEQ_LEN=131072, BATCH_TOKENS=131072)), torch.device("cuda"))
+    searching = dict(SPECTRAL_BIAS=0, SPECTRAL_LANDMARK_DIM=16, SPECTRAL_L_MAX=2**20, NUM_ITERATIONS=0,
+                     VAL_SEQ_LEN=131072 + 128, VAL_TOKENS=131072 + 128)
+    with pytest.raises(S.Stop, match="sequences of 131200 tokens: FlexAttention takes at most 131072"):
+        S.choose_backend(config(**searching, ATTN_BACKEND="flex"), torch.device("cuda"))
+    assert S.choose_backend(config(**searching), torch.device("cuda"))[0] == "triton"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

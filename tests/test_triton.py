@@ -248,6 +248,36 @@ def test_whole_model_is_the_same_on_both_backends():
             assert relative_error(b, a) < 1e-3 or (a - b).abs().max() < 1e-7
 
 
+@pytest.mark.skipif(CUDA, reason="on a GPU the whole model runs in bf16: bench/step.py")
+@pytest.mark.parametrize("source", ["content", "mixed"])
+def test_whole_model_evaluates_the_same_on_both_backends(source):
+    """Copies read twice, focused and followed, beside a bias that the kernels add themselves."""
+    T = 4 * BLOCK
+    config = dataclasses.replace(S.Config(), vocab_size=41, doc_delimiter=40, num_layers=3, num_heads=2, head_dim=32,
+                                 model_dim=64, train_seq_len=T, val_seq_len=T, batch_tokens=T, spectral_bias=True,
+                                 spectral_use_pointer_mask=True, spectral_pointer_source=source, spectral_layers="1",
+                                 spectral_l_train=256, spectral_l_max=4096, spectral_qk_layout="append",
+                                 spectral_landmark_dim=16, spectral_pointer_floor=-30.0, spectral_pointer_near_blocks=1,
+                                 spectral_pointer_local_blocks=1, spectral_pointer_half_blocks=0, spectral_pointer_follow=4.0)
+    model = S.build_model(config, torch.device("cpu")).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_((1.0 if "w_copy" in name else 0.1) * torch.randn_like(p))
+    passage = torch.randint(0, 40, (T // 2,), dtype=torch.int32)
+    results, tokens = [], torch.cat([passage, passage])
+    for focus in (0.0, 1.0):
+        model.blocks[1].attn.config = dataclasses.replace(config, spectral_pointer_focus=focus)
+        for backend in ("reference", "triton"):
+            model.use_backend(backend)
+            with torch.no_grad():
+                hidden = model.hidden(tokens, S.Schedule(config, 5, 10).context(tokens, False, backend))[0]
+                results.append(model.logits(hidden))
+    plain, also_plain, focused, also_focused = results
+    assert (focused - plain).abs().max() > 1e-2
+    torch.testing.assert_close(also_plain, plain, rtol=0, atol=1e-3)
+    torch.testing.assert_close(also_focused, focused, rtol=0, atol=1e-3)
+
+
 @pytest.mark.skipif(not CUDA, reason="the compiled path of a GPU")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("source", "bias", "bare"), [("offset", 1, 0), ("content", 0, 0), ("content", 1, 0), ("mixed", 1, 0),
