@@ -120,7 +120,7 @@ _run, _validation, _compiler, _needle = (partial(var, g) for g in ("run", "valid
 RESUME_MUST_MATCH = ("training", "model", "spectral")  # groups in which a resumed run may differ in nothing but
 RESUME_MAY_DIFFER = {"train_files", "epochs", "warmup_steps",  # these: shards are compared by content, and training does not
                      *(f"spectral_pointer_{x}" for x in ("asking", "focus", "follow", "shrink"))}  # see the others
-CHECKED_PREFIXES = ("SPECTRAL_", "NEEDLE_", "SCOPE_", "FLEXATTN_")  # ours: an unknown name with one is always refused
+CHECKED_PREFIXES = ("SPECTRAL_", "NEEDLE_", "SCOPE_", "FLEXATTN_", "RETRIEVAL_")  # ours: unknown names are refused
 
 
 @dataclass(frozen=True)
@@ -1099,6 +1099,7 @@ def flops_per_token(model: GPT, schedule: Schedule) -> float:
 # Data
 
 MIXER_COUNTS = 1 << 27  # tokens, as many of every training shard, by which RETRIEVAL_MIX chooses its vocabulary
+MIXED_SAMPLE = 4  # sequences in which a run looks how much of the mix finds room
 
 
 def batches_in(tokens: int, batch: int) -> int:
@@ -1595,17 +1596,22 @@ def check_validation_data(config: Config, every_token: bool) -> TokenLoader:
     return loader
 
 
-def check_separate(training: TokenLoader, validation: TokenLoader) -> None:
-    """By content: a copy of a training shard is no validation either."""
-    trained = {digest: path for path, (*_, digest) in zip(training.paths, training.fingerprint(), strict=True)}
-    for path, (*_, digest) in zip(validation.paths, validation.fingerprint(), strict=True):
-        if digest in trained:
-            raise Stop(f"validation shard {path} is training shard {trained[digest]}: TRAIN_FILES and VAL_FILES must not "
-                       f"overlap")
+def trained_shards(training: TokenLoader | None, loaded: dict | None) -> dict:
+    """Hash of the content to name: of the training shards, and of those that a checkpoint was trained on."""
+    return {digest: name for name, _, digest in (loaded or {}).get("data") or ()} | (
+        {digest: path for path, (*_, digest) in zip(training.paths, training.fingerprint(), strict=True)} if training else {})
 
 
-def check_haystack(config: Config) -> Haystack:
-    haystack = Haystack(shards.find_shards(config.needle_files or config.val_files), config.doc_delimiter)
+def check_separate(trained: dict, paths: list[Path], variable: str) -> None:
+    """By content: a copy of a training shard is not held out either."""
+    for path in paths:
+        if name := trained.get(shards.fingerprint(path)):
+            raise Stop(f"{path} is training shard {name}: {variable} must not overlap with what the model is trained on")
+
+
+def check_haystack(config: Config, trained: dict) -> Haystack:
+    haystack = Haystack(shards.find_shards(config.needle_files or config.val_files), config.doc_delimiter, config.vocab_size)
+    check_separate(trained, haystack.paths, "NEEDLE_FILES" if config.needle_files else "VAL_FILES")
     draw_needles(haystack, samples=config.needle_samples_per_distance, seq_len=config.needle_seq_len,
                  anchor_len=config.needle_anchor_len, value_len=config.needle_value_len, seed=config.seed)
     return haystack
@@ -1867,13 +1873,15 @@ def run_experiment(check_only: bool) -> None:
         training = check(check_training_data, config, check_only, reads="BATCH_TOKENS VOCAB_SIZE NUM_ITERATIONS EPOCHS")
     if config.val_tokens:
         validation = check(check_validation_data, config, check_only, reads="VAL_TOKENS VOCAB_SIZE")
-    if training and validation:
-        check(check_separate, training, validation)
+    trained = check(trained_shards, training, loaded) or {}
+    if validation:
+        check(check_separate, trained, validation.paths, "VAL_FILES")
     if training:
         mixer = check(make_mixer, config, training, reads="RETRIEVAL_MIX RETRIEVAL_PASSAGES DOC_DELIMITER SEED")
     if config.needle_eval:
-        haystack = check(check_haystack, config, reads="NEEDLE_SEQ_LEN NEEDLE_DISTANCES NEEDLE_SAMPLES_PER_DISTANCE "
-                                                       "NEEDLE_ANCHOR_LEN NEEDLE_VALUE_LEN DOC_DELIMITER SEED")
+        haystack = check(check_haystack, config, trained, reads="NEEDLE_SEQ_LEN NEEDLE_DISTANCES NEEDLE_SAMPLES_PER_DISTANCE "
+                                                                "NEEDLE_ANCHOR_LEN NEEDLE_VALUE_LEN DOC_DELIMITER SEED "
+                                                                "VOCAB_SIZE")
     finished = None if unread else check(finished_run, config)
     start = None if finished else check(find_start, config, loaded)
     possible = not (unread or config.impossible_combinations())
@@ -1903,6 +1911,12 @@ def execute(config: Config, device: torch.device, run: RunDirectory, start: Star
         run.log(trainer.train_loader.policy(config.num_iterations))
     if mixer:
         run.log(mixer.policy())
+        first = trainer.train_loader.peek()[: MIXED_SAMPLE * config.train_seq_len + 1]
+        each = [first[i : i + config.train_seq_len + 1] for i in range(0, len(first) - 1, config.train_seq_len)]
+        written = sum(map(mixer.achieved, each)) / len(each)
+        if written < 0.9 * config.retrieval_mix:
+            run.warn(f"of the first {len(first) - 1} tokens the retrieval mix finds room for {written:.1%}, not RETRIEVAL_MIX="
+                     f"{config.retrieval_mix:g}: their documents are too short for it")
     if start and not start.resumed:
         load_weights(trainer.model, start.state, start.path)
         if not config.num_iterations:  # evaluate with the schedules where the checkpoint left them

@@ -259,6 +259,10 @@ class Mixer:
             f"keys, values and templates of {sum(map(len, self.kinds))} tokens; validation text is left as it is"
         )
 
+    def achieved(self, tokens) -> float:
+        """The share of a sequence's tokens that are written over; less than asked for where documents are too short."""
+        return sum(len(piece) for task in self.plan(0, tokens, 0) for piece in task.pieces) / (len(tokens) - 1)
+
     def mix(self, step, tokens, sequence):
         """uint16 [T + 1], a copy of `tokens` (the inputs and, one on, the targets of a sequence) with the tasks in it.
 
@@ -304,7 +308,7 @@ class MixerProcess:
         try:
             self.send((step, np.array(tokens), sequence))
             return pickle.load(self.process.stdout)
-        except (BrokenPipeError, EOFError):
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError):  # the last where it was killed while it wrote
             raise RuntimeError(f"the process that writes the retrieval mix has ended ({self.process.wait()})") from None
 
     def close(self) -> None:

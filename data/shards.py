@@ -77,7 +77,7 @@ def check_tokens(path, tokens, vocab_size) -> None:
             offset = start + int(outside[0])
             raise ValueError(
                 f"{path}: token {tokens[offset]} at offset {offset} is outside the vocabulary of {vocab_size}; "
-                "set VOCAB_SIZE to that of the tokeniser, or use shards made for this vocabulary"
+                "use shards made for this vocabulary, or train with the VOCAB_SIZE of the tokeniser"
             )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data.retrieval import count_tokens, word_pools
-from data.shards import document_spans, open_shard
+from data.shards import check_tokens, document_spans, open_shard
 
 MAX_DRAWS = 1000  # attempts at an anchor that the haystack does not hold already
 
@@ -72,21 +72,24 @@ class Haystack:
     """Held-out shards seen as documents. Tokens stay memory-mapped; only counts and document bounds are held.
 
     counts_V: int64, occurrences of every token id. documents_N3: int64 rows (shard, start, end) of document text, the
-    delimiter left out. ValueError from a malformed shard, or from text too poor for anchors and values.
+    delimiter left out. ValueError from a malformed shard, from a token outside the vocabulary, or from text too poor for
+    anchors and values; `option` is where more can be given.
     """
 
-    def __init__(self, paths, delimiter):
+    def __init__(self, paths, delimiter, vocab_size, option="NEEDLE_FILES"):
         self.paths = [Path(path) for path in paths]
         if not self.paths:
-            raise ValueError("needle: no held-out shards; set NEEDLE_FILES")
+            raise ValueError(f"needle: no held-out shards; set {option}")
         self.delimiter = delimiter
         self.shards = [open_shard(path) for path in self.paths]
+        for path, tokens in zip(self.paths, self.shards, strict=True):
+            check_tokens(path, tokens, vocab_size)
         self.counts_V = sum(map(count_tokens, self.shards))
         self.documents_N3 = np.concatenate([_document_texts(i, t, delimiter) for i, t in enumerate(self.shards)])
         try:
             self.anchor_ids, self.value_ids = word_pools(self.counts_V, delimiter)
         except ValueError as error:
-            raise ValueError(f"needle: {error}, by NEEDLE_FILES") from None
+            raise ValueError(f"needle: {error}, by {option}") from None
 
     def documents(self, length):
         """Rows of documents_N3 whose text has at least `length` tokens."""

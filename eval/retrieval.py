@@ -14,6 +14,7 @@ sees.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -46,7 +47,6 @@ from lifecycle import (
     all_ranks,
     exit_at_once,
     lock_directory,
-    parse_lines,
     read_checkpoint,
     set_up_device,
     world,
@@ -54,6 +54,7 @@ from lifecycle import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+CODE = [ROOT / "data" / "retrieval.py", ROOT / "eval" / "needle.py", ROOT / "eval" / "retrieval.py"]  # what samples come from
 TASKS = ("single", "depth", "multikey", "multivalue", "tracking", "mqar", "dense", "gain")
 SHORTEST_DISTANCE, DISTANCE_FACTOR = 128, 4  # lowest edge of the distance bins and ratio of one edge to the next, tokens
 DISTRACTORS = (3, 15)
@@ -219,9 +220,9 @@ class Library:
 
     def __init__(self, paths, delimiter: int, vocab_size: int, settings: Settings):
         self.settings = settings
-        self.haystack = Haystack(paths, delimiter)
-        for path, tokens in zip(self.haystack.paths, self.haystack.shards, strict=True):
-            shards.check_tokens(path, tokens, vocab_size)
+        self.haystack = Haystack(paths, delimiter, vocab_size, option="--text")
+        shard_N, start_N, _ = self.haystack.documents_N3.T  # one that opens with plain text goes on from the shard before
+        self.book_N = np.cumsum((start_N > 0) | (shard_N == 0)) - 1
         self.delimiter = delimiter
         self.key_ids, self.value_ids = self.haystack.anchor_ids, self.haystack.value_ids
         self.templates = templates(self.haystack.counts_V, delimiter)
@@ -232,8 +233,13 @@ class Library:
 
     # -- text
 
+    def book(self, document) -> int:
+        """Number of the document that a row is of: one cut by a shard's end has two rows."""
+        return self.book_N[(self.haystack.documents_N3 == document).all(axis=1)][0]
+
     def name(self, document) -> str:
-        return f"{self.haystack.paths[document[0]].name}:{document[1]}"
+        shard, start, _ = self.haystack.documents_N3[np.searchsorted(self.book_N, self.book(document))]
+        return f"{self.haystack.paths[shard].name}:{start}"
 
     def take(self, document, start: int, length: int) -> np.ndarray:
         return self.haystack.shards[document[0]][start : start + length]
@@ -244,7 +250,7 @@ class Library:
         Where none is long enough documents in random order are stitched together, without delimiters.
         """
         documents = self.haystack.documents_N3
-        documents = documents[(documents != (other_than or -1)).any(axis=1)]
+        documents = documents if other_than is None else documents[self.book_N != self.book(other_than)]
         lengths = documents[:, 2] - documents[:, 1]
         if (lengths >= length).any():
             document = draw_row(draw, documents[lengths >= length])
@@ -252,8 +258,9 @@ class Library:
             return self.take(document, start, length), self.name(document), False
         spare = int(lengths.sum()) - length
         if spare < 0:
-            raise ValueError(f"the held-out text has {spare + length} tokens{' in other documents' if other_than else ''}, "
-                             f"{length} are needed: give --text with more, or smaller --lengths")
+            where = "" if other_than is None else " in other documents"
+            raise ValueError(f"the held-out text has {spare + length} tokens{where}, {length} are needed: give --text with "
+                             f"more, or smaller --lengths")
         order = documents[draw.permutation(len(documents))]
         order = order[order[:, 2] > order[:, 1]].tolist()  # without those that are a delimiter alone
         skipped = int(draw.randint(min(spare + 1, order[0][2] - order[0][1]), dtype=np.int64))
@@ -435,6 +442,8 @@ def evaluate_sample(score, library: Library, cell: Cell, index: int) -> dict:
         return np.asarray(nats, dtype=np.float64)[places].mean(axis=1), np.asarray(said)[places], reads
 
     nats, said, reads = nats_and_said(sample.tokens_T)
+    if not np.isfinite(nats).all():
+        raise Stop(f"{sample_id(cell, index)}: the loss is not a finite number: the checkpoint's weights are of no use")
     answer = sample.tokens_T[-last:][places]
     correct = said == answer
     record = dict(id=sample_id(cell, index), **asdict(cell), index=index, text=sample.text, stitched=sample.stitched,
@@ -523,12 +532,13 @@ def clustered_variance(residuals: list, n: int) -> float:
 def chance(cell: Cell, first: bool, blind: float) -> float:
     """Exact match of a guesser who gives the value of a statement without reading keys; `blind`: of one who reads nothing.
 
-    Asked for every needle once, he knows which values are gone.
+    Asked for every needle once, he knows which values are gone; among many keys he knows that neither the first statement nor
+    the last is asked for. Over links he knows that all statements are of one chain: over one link there is nothing to guess.
     """
     number = int(cell.low)
     match cell.task:
         case "multikey":
-            return 1 / (number + 1)
+            return 1 / (number - 1)
         case "multivalue":
             return 1 / number
         case "tracking":
@@ -632,11 +642,17 @@ def identity(state: dict, path, config: scope.Config, library: Library) -> dict:
     text = [[p.name, shards.token_count(p), shards.fingerprint(p)] for p in library.haystack.paths]
     return dict(checkpoint_sha256=file_hash(path), overrides=overrides, text=text, seed=settings.seed,
                 key_length=settings.key_length, value_length=settings.value_length, targets=settings.targets,
-                base_context=settings.base_context, depth_bins=settings.depth_bins)
+                base_context=settings.base_context, depth_bins=settings.depth_bins,
+                code_sha256=hashlib.sha256("".join(map(file_hash, CODE)).encode()).hexdigest())
 
 
 def check_directory(directory: Path, own: dict) -> float:
-    """Stop if the directory holds another evaluation; the seconds already spent on this one."""
+    """Stop if the directory cannot be written or holds something else; the seconds already spent on this evaluation."""
+    if (directory / "config.json").exists():
+        raise Stop(f"--out: {directory} is the directory of a training run: choose another, {directory / 'retrieval'} say")
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise Stop(f"--out: {directory} cannot be written, as {existing} is no directory that can: choose another")
     try:
         old = json.loads((directory / "run.json").read_text())
     except FileNotFoundError:
@@ -678,7 +694,25 @@ def end_last_line(path: Path) -> None:
 
 
 def read_samples(path: Path) -> list[dict]:
-    return parse_lines(path.read_text()) if path.exists() else []
+    """The lines of samples.jsonl but those that a kill cut."""
+    records = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else (), 1):
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+            if not is_sample(records[-1]):
+                raise Stop(f"{path}, line {number} is no sample: take the line out, and what is missing is scored again")
+    return records
+
+
+def is_sample(record) -> bool:
+    try:
+        cell = Cell(**{name: record[name] for name in Cell.__dataclass_fields__})
+        more = [record["token_accuracy"]] if cell.task == "gain" else [*record["swapped_nats"], *map(int, record["correct"])]
+        return (record["id"] == sample_id(cell, record["index"]) and isinstance(record["text"], str)
+                and isinstance(record["stitched"], bool) and len(record["nats"]) > 0
+                and all(math.isfinite(x) for x in (*record["nats"], *more)))
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def complete(record: dict, settings: Settings) -> bool:
@@ -704,16 +738,21 @@ def evaluate(checkpoint: str, text: str, out: Path, settings: Settings) -> None:
     rank, world_size, _ = world()
     started, lock = time.perf_counter(), None
     scorer = Scorer(state, checkpoint, config, device)
+    dtype = str(scorer.model.embed.weight.dtype).removeprefix("torch.")
+    own |= dict(dtype=dtype, backend=scorer.backend)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = lock_directory(out, "choose another --out")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = lock_directory(out, "choose another --out")
+        except OSError as error:
+            raise Stop(f"--out: {out} cannot be written ({error.strerror}): choose another") from None
         seconds_before = check_directory(out, own)  # another command may have ended since
     trained = state["config"]
     run = own | dict(
         status="running", checkpoint=str(checkpoint), step=state["step"], total_steps=state["total_steps"], arm=config.arm,
         train_length=trained["train_seq_len"], tokens_seen=state["step"] * trained["batch_tokens"],
-        started_from=trained["load_checkpoint"] or None, retrieval_mix=trained.get("retrieval_mix", 0), commit=commit(),
-        dtype=str(scorer.model.embed.weight.dtype).removeprefix("torch."), backend=scorer.backend, world_size=world_size,
+        started_from=trained.get("load_checkpoint") or None, retrieval_mix=trained.get("retrieval_mix", 0), commit=commit(),
+        world_size=world_size,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", torch=str(torch.__version__),
         keys=len(library.key_ids), values=len(library.value_ids), arguments=dict(text=text, **asdict(settings)),
         wall_seconds=seconds_before)
@@ -729,7 +768,13 @@ def evaluate(checkpoint: str, text: str, out: Path, settings: Settings) -> None:
     bar = tqdm(todo[rank::world_size], disable=None if rank == 0 else True, unit="sample", dynamic_ncols=True)
     for cell, index in bar:
         bar.set_description(f"{cell.task} {cell.length} {cell.variant}")
-        lines.write(json.dumps(evaluate_sample(scorer, library, cell, index)))
+        try:
+            lines.write(json.dumps(evaluate_sample(scorer, library, cell, index)))
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)):
+                raise
+            raise Stop(f"{sample_id(cell, index)}: out of memory: take smaller --lengths, or a larger machine, where the same "
+                       f"command goes on") from None
     lines.sync()
     lines.close()
     wait(device)

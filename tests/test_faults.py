@@ -793,6 +793,9 @@ def test_training_data_is_no_validation_data(data, settings, tmp_path):
         for arguments in ((), ("--check",)):
             line = refusal(settings | dict(VAL_FILES=files, LOG_DIR=tmp_path / "logs"), *arguments)
             assert "must not overlap" in line and str(root / "train_") in line
+    needle = dict(NEEDLE_EVAL=1, NEEDLE_SEQ_LEN=512, NEEDLE_DISTANCES=64, NEEDLE_FILES=root / "train_1.bin")
+    line = refusal(settings | needle | dict(LOG_DIR=tmp_path / "logs"), "--check")
+    assert "train_1.bin: NEEDLE_FILES must not overlap" in line
     assert not (tmp_path / "logs").exists()
 
 

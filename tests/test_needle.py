@@ -48,7 +48,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def haystack(paths):
-    return Haystack(paths, DELIMITER)
+    return Haystack(paths, DELIMITER, 257)
 
 
 def positions_of(pattern, tokens):
@@ -119,7 +119,7 @@ def test_every_long_document_is_used_and_no_short_one(haystack):
 def test_samples_do_not_depend_on_call_order_or_global_state(haystack, paths):
     cells = list(itertools.product(DISTANCES, range(3)))
     forward = {cell: build_sample(haystack, distance=cell[0], index=cell[1], **SHAPE).tokens_T for cell in cells}
-    fresh = Haystack(paths, DELIMITER)
+    fresh = Haystack(paths, DELIMITER, 257)
     random.Random(3).shuffle(cells)
     for number, cell in enumerate(cells):
         np.random.seed(number)
@@ -129,22 +129,27 @@ def test_samples_do_not_depend_on_call_order_or_global_state(haystack, paths):
 
 def test_a_seed_names_the_same_sample_on_every_machine(tmp_path):
     text = bytes((i * i + 7 * (i // 13)) % 251 for i in range(6000))
-    haystack = Haystack([write_bytes_shard(tmp_path / "t.bin", [text])], DELIMITER)
+    haystack = Haystack([write_bytes_shard(tmp_path / "t.bin", [text])], DELIMITER, 257)
     sample = build_sample(haystack, seq_len=512, distance=200, index=3, anchor_len=4, value_len=8, seed=11)
     digest = hashlib.sha256(sample.tokens_T.astype("<i8").tobytes()).hexdigest()
     assert digest[:16] == "5c54c3bb7992d1c1"
+
+
+def test_tokens_outside_the_vocabulary_are_refused(paths):
+    with pytest.raises(ValueError, match=r"token 256 at offset 0 is outside the vocabulary of 256; use shards made for this"):
+        Haystack(paths, DELIMITER, 256)
 
 
 def test_vocabulary_is_that_of_evaluation(haystack, tmp_path):
     expected = retrieval.word_pools(haystack.counts_V, DELIMITER)
     assert [haystack.anchor_ids.tolist(), haystack.value_ids.tolist()] == [ids.tolist() for ids in expected]
     with pytest.raises(ValueError, match="different tokens.*NEEDLE_FILES"):
-        Haystack([write_bytes_shard(tmp_path / "ab.bin", [b"ab" * 5000])], DELIMITER)
+        Haystack([write_bytes_shard(tmp_path / "ab.bin", [b"ab" * 5000])], DELIMITER, 257)
 
 
 def test_counts_do_not_depend_on_chunks(paths, monkeypatch):
     monkeypatch.setattr(retrieval, "COUNT_CHUNK", 1000)
-    counts = Haystack(paths, DELIMITER).counts_V
+    counts = Haystack(paths, DELIMITER, 257).counts_V
     every = b"".join(LONG_TEXTS + SHORT_TEXTS)
     assert counts[:256].tolist() == [every.count(bytes([i])) for i in range(256)]
     assert counts[256] == 6 and counts.sum() == len(every) + 6
@@ -194,7 +199,7 @@ def test_shape_problems_name_the_setting(haystack, arguments, said):
 def test_a_document_that_just_fills_the_sequence(tmp_path):
     text = LONG_TEXTS[0][:1023]
     path = write_bytes_shard(tmp_path / "exact.bin", [EVERY_BYTE, text])
-    haystack = Haystack([path], DELIMITER)
+    haystack = Haystack([path], DELIMITER, 257)
     sample = build_sample(haystack, **{**SHAPE, "seq_len": 1024}, distance=12, index=0)
     assert bytes(sample.tokens_T[1 : 1024 - 24].tolist()) == text[: 1024 - 25]
     with pytest.raises(ValueError, match=r"NEEDLE_SEQ_LEN=1025.*exact\.bin, gives 1024 tokens.*NEEDLE_FILES"):
@@ -206,7 +211,7 @@ def test_a_shard_that_opens_in_mid_document(tmp_path):
     raw = np.fromfile(path, dtype="<u2")
     raw[512] = LONG_TEXTS[0][0]  # in place of the first delimiter
     raw.tofile(path)
-    haystack = Haystack([path], DELIMITER)
+    haystack = Haystack([path], DELIMITER, 257)
     assert haystack.documents_N3.tolist() == [[0, 0, 1200], [0, 1201, 1201 + len(EVERY_BYTE)]]
     sample = build_sample(haystack, **{**SHAPE, "seq_len": 1201}, distance=12, index=0)
     assert sample.tokens_T[0] == DELIMITER and bytes(sample.tokens_T[1:1001].tolist()) == LONG_TEXTS[0][:1000]
@@ -225,7 +230,7 @@ def test_lengths_that_the_text_cannot_serve(haystack):
     with pytest.raises(ValueError, match="larger NEEDLE_ANCHOR_LEN"):  # every single byte occurs in so long a text
         build_sample(haystack, **{**SHAPE, "seq_len": 60000, "anchor_len": 1}, distance=200, index=0)
     with pytest.raises(ValueError, match="NEEDLE_FILES"):
-        Haystack([], DELIMITER)
+        Haystack([], DELIMITER, 257)
 
 
 def test_anchor_that_occurs_is_drawn_again(tmp_path):
@@ -233,7 +238,7 @@ def test_anchor_that_occurs_is_drawn_again(tmp_path):
     present = bytes(i for i in range(128) if i % 8 < 4)
     elsewhere = bytes(i for i in range(128) if i % 8 >= 4)
     haystack = Haystack(
-        [write_bytes_shard(tmp_path / "t.bin", [present * 13, elsewhere * 7, elsewhere * 7])], DELIMITER
+        [write_bytes_shard(tmp_path / "t.bin", [present * 13, elsewhere * 7, elsewhere * 7])], DELIMITER, 257
     )
     assert 0 < len(set(haystack.anchor_ids.tolist()) & set(present)) < len(haystack.anchor_ids)
     for index in range(20):

@@ -159,13 +159,17 @@ def blind(tokens_T, last):
 
 
 def guesser(library):
-    """Gives the value of any statement not asked for yet, without looking at keys; of a link, the key it names."""
+    """Gives the value of any statement not asked for yet, without looking at keys; of a link, the key it names. If one of many
+    keys is asked for, it is that of neither the first statement nor the last."""
     draw = random.Random(0)
 
     def score(tokens_T, last):
         reading, right = Reading(tokens_T, library), np.zeros(len(tokens_T), dtype=bool)
         answers = answer_places(tokens_T, library, reading)
-        left = [reading.after(end) for _, _, end in reading.statements(answers)]
+        stated = sorted(reading.statements(answers), key=lambda statement: statement[2])
+        if len(answers) == 1 and len({key for _, key, _ in stated}) == len(stated) > 2:
+            stated = stated[1:-1]
+        left = [reading.after(end) for _, _, end in stated]
         for place in answers:
             right[place : place + VALUE] = np.equal(draw.choice(left), reading.after(place))
             left = [value for value in left if value != reading.after(place) or len(left) == 1]
@@ -625,6 +629,77 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, checkpoint, shards, o
                    *options)
     assert all(part in line for part in parts), line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_is_of_one_code_and_one_precision(tmp_path, evaluated, checkpoint, shards, monkeypatch):
+    shutil.copytree(evaluated, tmp_path / "out")
+    again = [checkpoint, "--text", shards / "held_*.bin", "--out", tmp_path / "out", *OPTIONS, *SMALL]
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    (tmp_path / "out/run.json").write_text(json.dumps(run | dict(dtype="bfloat16", backend="triton")))
+    assert "holds another evaluation (dtype, backend differ)" in refusal(*again)
+    (tmp_path / "out/run.json").write_text(json.dumps(run))
+    monkeypatch.setattr(R, "CODE", R.CODE[:2])
+    assert "(code_sha256 differ)" in refusal(*again)
+
+
+@pytest.mark.parametrize("line", ["123", '{"id": "x"}', "null", "record nats", "record index", "record correct"])
+def test_a_line_that_is_no_sample_is_named(tmp_path, evaluated, checkpoint, shards, line):
+    shutil.copytree(evaluated, tmp_path / "out")
+    record = records_of(evaluated)[0]
+    assert record["task"] == "multikey"
+    damage = dict(nats=dict(nats=[None]), index=dict(index=record["index"] + 1), correct=dict(correct=["1x"]))
+    text = json.dumps(record | damage[line.split()[1]]) if line.startswith("record") else line
+    with (tmp_path / "out/samples.jsonl").open("ab") as file:
+        file.write(b"\xff\n" + text.encode() + b"\n")
+    number = len(records_of(evaluated)) + 2
+    said = refusal(checkpoint, "--text", shards / "held_*.bin", "--out", tmp_path / "out", *OPTIONS, *SMALL)
+    assert f"samples.jsonl, line {number} is no sample: take the line out" in said
+
+
+def test_places_that_cannot_be_written_are_refused(tmp_path, checkpoint, shards):
+    held = [checkpoint, "--text", shards / "held_*.bin", *OPTIONS, *SMALL, "--out"]
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert f"--out: {out} cannot be written, as {tmp_path / 'file'} is no directory" in refusal(*held, out)
+    assert "--out: /proc/none cannot be written (No such file or directory): choose another" in refusal(*held, "/proc/none")
+    assert "is the directory of a training run: choose another" in refusal(*held, checkpoint.parent)
+
+
+@pytest.mark.parametrize("error, part", [
+    (torch.OutOfMemoryError("CUDA out of memory"), "multikey/640/3 distractors/0: out of memory: take smaller --lengths"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"), (MemoryError(), "out of memory")])
+def test_too_little_memory_is_said(tmp_path, checkpoint, shards, error, part):
+    held = [checkpoint, "--text", shards / "held_*.bin", *OPTIONS, *SMALL, "--out"]
+    with mock.patch.object(R.Scorer, "__call__", side_effect=error):
+        assert part in refusal(*held, tmp_path / "out")
+    with mock.patch.object(R.Scorer, "__call__", side_effect=RuntimeError("a bug")), pytest.raises(RuntimeError, match="a bug"):
+        R.main(list(map(str, [*held, tmp_path / "another"])))
+
+
+def test_losses_that_are_no_numbers_are_refused(library):
+    with pytest.raises(R.Stop, match="multikey/512/3 distractors/0: the loss is not a finite number"):
+        R.evaluate_sample(lambda tokens_T, last: (np.full(last, np.nan), np.zeros(last), None), library,
+                          cells(library, "multikey")[0], 0)
+
+
+def test_poor_text_is_told_of_the_option(tmp_path):
+    write_documents(tmp_path / "poor.bin", [[1, 2, 3] * 1000])
+    with pytest.raises(ValueError, match="give more text, by --text"):
+        R.Library([tmp_path / "poor.bin"], DELIMITER, 257, SETTINGS)
+
+
+def test_a_book_cut_by_a_shards_end_is_one_book(tmp_path, documents):
+    """No half of it is another book than the other half."""
+    whole = [DELIMITER, *documents[0]]
+    write_shard(tmp_path / "a.bin", np.array([DELIMITER, *documents[2], *whole[:1500]]))
+    write_shard(tmp_path / "b.bin", np.array([*whole[1500:], DELIMITER, *documents[1], DELIMITER, *documents[3]]))
+    library = R.Library([tmp_path / "a.bin", tmp_path / "b.bin"], DELIMITER, 257, SETTINGS)
+    rows = library.haystack.documents_N3.tolist()
+    assert [library.book(row) for row in rows] == [0, 1, 1, 2, 3]
+    assert library.name(rows[1]) == library.name(rows[2]) == f"a.bin:{rows[1][1]}" != library.name(rows[3])
+    drawn = {library.draw_text(R.generator("cut", seed), 600, other_than=rows[half])[1]
+             for seed in range(40) for half in (1, 2)}
+    assert drawn == {library.name(row) for row in (rows[0], rows[3], rows[4])}
 
 
 def test_wrong_files_are_refused(tmp_path, evaluated, checkpoint, shards):

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from data.retrieval import (
     TEMPLATE_WORDS,
     VALUE_WORDS,
     Mixer,
+    MixerProcess,
     draw_key,
     draw_value,
     template_ids,
@@ -518,6 +520,9 @@ def test_a_mixed_run_resumes_bitwise_and_leaves_validation_alone(settings, monke
               for name in ("whole", "parts")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     evaluation = settings | dict(NUM_ITERATIONS=0, LOAD_CHECKPOINT=settings["LOG_DIR"] / "whole" / "state_step000006.pt")
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err:
+        main(evaluation | dict(VAL_FILES=settings["TRAIN_FILES"]), "--check")
+    assert "train.bin: VAL_FILES must not overlap with what the model is trained on" in err.getvalue()
     for share in (0, 0.4):
         main(evaluation | dict(RUN_NAME=f"evaluated_{share}", RETRIEVAL_MIX=share))
         value = losses(settings, f"evaluated_{share}", "val_loss")
@@ -542,6 +547,25 @@ def test_refusals(settings, tmp_path, change, said):
         assert stopped.value.code == 1 and err.getvalue().count("\n") == 1
         assert err.getvalue().startswith("error: ") and said.format(tmp_path) in err.getvalue()
     assert not (tmp_path / "logs").exists()
+
+
+def test_documents_too_short_for_the_mix_are_told_of(settings, tmp_path):
+    """A run says how much of it found no room."""
+    rng = np.random.default_rng(0)
+    short = [[BYTES, *rng.integers(0, BYTES, 31)] for _ in range(600)]
+    write_shard(tmp_path / "short.bin", np.concatenate(short))
+    for files, warned in ((tmp_path / "short.bin", True), (settings["TRAIN_FILES"], False)):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            main(settings | dict(RUN_NAME=files.stem, TRAIN_FILES=files, RETRIEVAL_MIX=0.2, NUM_ITERATIONS=1, VAL_TOKENS=0))
+        assert ("finds room for 0.0%, not RETRIEVAL_MIX=0.2" in err.getvalue()) is warned
+
+
+def test_a_mixer_killed_in_the_middle_of_a_sequence_is_told_of(monkeypatch):
+    with contextlib.closing(MixerProcess(mixer(BYTES))) as process:
+        monkeypatch.setattr(pickle, "load", mock.Mock(side_effect=pickle.UnpicklingError("pickle data was truncated")))
+        process.process.kill()
+        with pytest.raises(RuntimeError, match="the process that writes the retrieval mix has ended"):
+            process.mix(0, np.zeros(9, np.uint16), 0)
 
 
 def test_another_share_is_another_configuration():
