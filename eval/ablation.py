@@ -8,6 +8,7 @@ DIR/ablation.md. An arm that did not complete is shown as such, with the last li
 
 import argparse
 import json
+import math
 import os
 import sys
 import textwrap
@@ -17,6 +18,7 @@ ARMS = {"A": "spectral bias off", "B": "spectral bias on, pointer mask off", "C"
 METRICS = ("val_loss", "tokens_per_s", "step_ms", "kv_blocks_per_query", "peak_memory_gib")
 MUST_AGREE = ("seed", "steps", "world_size", "device", "torch")  # or the arms do not compare, and a note says so
 NEEDLE_MUST_AGREE = ("seq_len", "anchor_len", "value_len", "seed")
+NEEDLE_NUMBERS = ("distance", "n", "exact_match", "exact_match_low", "exact_match_high")
 ABSENT = "-"
 
 
@@ -48,7 +50,23 @@ def read_summary(run_dir, arm):
         return None, end_of_log(run_dir) or f"status {summary.get('status')}"
     if summary.get("arm") != arm:
         return None, f"summary.json is of arm {summary.get('arm')}"
+    if wrong := [key for key in METRICS if not (summary.get(key) is None or is_number(summary[key]))]:
+        return None, f"summary.json: {wrong[0]} is not a number"
+    if not (summary.get("needle") is None or is_needle(summary["needle"])):
+        return None, "summary.json: needle is not what the needle test gives"
     return summary, None
+
+
+def is_number(value):
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def is_needle(blob):
+    """Whether it has all that the table takes from it."""
+    try:
+        return all(is_number(cell[key]) for cell in blob.get("distances", []) for key in NEEDLE_NUMBERS)
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def read_arm(directory, arm):

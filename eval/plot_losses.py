@@ -13,18 +13,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval.plot_retrieval import SUFFIXES, save
 from lifecycle import parse_lines
 
 SMOOTHING = 10  # steps
-SUFFIXES = (".png", ".svg")
+BESIDE = {"train_loss": ("step", "step_ms"), "val_loss": ("step",)}  # numbers that a record has beside its loss
 
 
 def read_runs(directory: Path) -> dict[str, list[dict]]:
-    """Records of every run below `directory`, by name; ValueError if there is none."""
+    """Records of every run below `directory` that has some, by name; ValueError if there is none."""
     paths = sorted(directory.glob("*/metrics.jsonl"))
     if not paths:
         raise ValueError(f"{directory}: no run below it holds a metrics.jsonl")
-    return {path.parent.name: parse_lines(path.read_text()) for path in paths}
+    runs = {path.parent.name: records for path in paths if (records := read_records(path))}
+    if not runs:
+        raise ValueError(f"{directory}: no metrics.jsonl below it holds a loss: let a run take its first steps")
+    return runs
+
+
+def read_records(path: Path) -> list[dict]:
+    """Those with a loss. A line that is no JSON is left out, as a killed run may end with one."""
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        for record in parse_lines(line.decode(errors="replace")):  # one, or none
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number} is no record: take it out")
+            losses = [name for name in BESIDE if name in record]
+            for name in (name for loss in losses for name in (loss, *BESIDE[loss])):
+                if not isinstance(record.get(name), int | float):
+                    raise ValueError(f"{path}, line {number}: {name} is not a number: take the line out")
+            if losses:
+                records.append(record)
+    return records
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -61,8 +81,7 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
     left.legend()
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-    for suffix in SUFFIXES:
-        figure.savefig(f"{output}{suffix}", dpi=120)
+    save({output: figure}, dpi=120)
 
 
 def main() -> None:

@@ -7,13 +7,15 @@
 Each as PNG and SVG: depth (exact match by length and depth, colours from 0 to 1, a panel a model), distance (exact match and
 nats against distance, a column a length), tasks (exact match by length), gain (what more context is worth), trend (exact match
 against the tokens trained on, where directories beside each other were trained on different numbers of them: a line for those
-of one parent, a band from their worst cell to their best). Else bands and bars are 95 % intervals, and a dashed vertical line
-is the training length. What no directory holds is left out.
+of one parent, a band from their worst cell to their best). Else bands and bars are 95 % intervals (gain: Student's t over the
+texts, and no bar where there is but one), and a dashed vertical line is the training length. What no directory holds is left
+out.
 """
 
 import argparse
 import csv
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -21,22 +23,101 @@ GREY = "0.45"
 PANEL = 3.4  # inches
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito, for all eyes
 MARKERS = "osD^vPX"
+SUFFIXES = (".png", ".svg")
 OTHER_TASKS = ("multikey", "multivalue", "tracking", "mqar", "dense")
+ALWAYS_FILLED = ("task", "variant", "length", "low", "high", "n", "train_length")
+EXACT_MATCH = ("exact_match", "exact_match_low", "exact_match_high", "nats", "chance")
+FILLED = dict.fromkeys(("single", "depth", *OTHER_TASKS), EXACT_MATCH) | {"gain": ("texts", "context_gain")}  # by task
+COLUMNS = (*ALWAYS_FILLED, *EXACT_MATCH, *FILLED["gain"], "context_gain_se")  # that a file must have
+LEAST = dict(length=1, n=1, texts=1, train_length=1, context_gain=-math.inf, retrieval_gain=-math.inf)  # of other numbers: 0
 
 
 def read_summary(directory: Path) -> list[dict]:
-    """Rows of a summary.csv: text stays text, empty cells are None, all else numbers; and each row's `series`, its parent."""
+    """Rows of a summary.csv: text stays text, empty cells are None, all else numbers; and each row's `series`, its parent.
 
-    def value(name, text):
-        return text if name in ("task", "variant") else float(text) if text else None
-
-    path = directory / "summary.csv"
-    with path.open(newline="") as file:
-        series = dict(series=directory.resolve().parent)
-        rows = [{name: value(name, text) for name, text in row.items()} | series for row in csv.DictReader(file)]
+    ValueError, with the line, where it is not what eval/retrieval.py writes.
+    """
+    path, mend = directory / "summary.csv", "the command of eval/retrieval.py, repeated, writes it anew"
+    content = path.read_bytes()
+    header, rows, series = None, [], dict(series=directory.resolve().parent)
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        try:
+            fields = read_fields(line)
+            if header is None:
+                header = fields
+                if absent := [name for name in COLUMNS if name not in header]:
+                    raise ValueError(f"the header lacks {', '.join(absent)}")
+            elif fields:
+                rows.append(read_row(header, fields) | series)
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}, line {number}: {error}; {mend}") from None
     if not rows:
         raise ValueError(f"{path} has no rows: let eval/retrieval.py finish first")
+    if not any(row["task"] in FILLED for row in rows):
+        raise ValueError(f"{path} has nothing to draw, as no row's task is one of {', '.join(FILLED)}; {mend}")
     return rows
+
+
+def read_fields(line: bytes) -> list[str]:
+    """Of one line of a CSV; none for an empty line."""
+    if b"\0" in line:
+        raise ValueError("it holds a NUL byte")
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        raise ValueError("it is not text") from None
+    fields = next(csv.reader([text], strict=True), [])
+    if not text.endswith(("\n", "\r")):
+        raise ValueError("it is cut, as nothing ends the line")
+    return fields
+
+
+def read_row(header: list[str], fields: list[str]) -> dict:
+    if len(fields) != len(header):
+        raise ValueError(f"it has {len(fields)} fields, the header {len(header)}")
+    row = {name: read_value(name, text) for name, text in zip(header, fields, strict=True)}
+    filled = ALWAYS_FILLED + FILLED.get(row["task"], ())
+    if row["task"] == "gain" and row["texts"] != 1:
+        filled += ("context_gain_se",)
+    if empty := [name for name in filled if row[name] is None]:
+        raise ValueError(f"{', '.join(empty)} must not be empty")
+    return row
+
+
+def read_value(name: str, text: str) -> str | float | None:
+    if not text or name in ("task", "variant"):
+        return text or None
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {text!r}, which is not a finite number")
+    if number < LEAST.get(name, 0):
+        raise ValueError(f"{name} is {text}, which is below {LEAST.get(name, 0)}")
+    return number
+
+
+def t_quantile(freedom: int) -> float:
+    """Student's t that 97.5 % lie below, for so many degrees of freedom: 12.706 for 1, falling to 1.96.
+
+    By bisection of the angle atan(t / sqrt(freedom)): the share within -t and t is a finite sum of its sines and cosines
+    (Abramowitz and Stegun, 26.7.3 and 26.7.4), which two degrees of freedom more make one term longer.
+    """
+    freedom = min(freedom, 1000)  # any more would lower it by less than 0.003
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        sine, cosine = math.sin(angle), math.cos(angle)
+        if freedom % 2:
+            reached, share, term = 1, 2 / math.pi * angle, 2 / math.pi * sine * cosine
+        else:
+            reached, share, term = 2, sine, sine * cosine**2 / 2
+        for k in range(reached + 2, freedom + 1, 2):
+            share += term
+            term *= cosine**2 * (k - 1) / k
+        low, high = (angle, high) if share < 0.95 else (low, angle)
+    return math.tan(angle) * math.sqrt(freedom)
 
 
 def tokens(number: float) -> str:
@@ -169,32 +250,32 @@ def draw_distance(plt, models: dict):
     return figure
 
 
-def grid(plt, number: int, height: float, **shared):
+def grid(plt, number: int, height: float):
     """A figure of so many panels, four a row: (figure, axes [rows, columns], the panels); the axes beyond them do not show."""
     across = min(4, number)
     down = -(-number // across)
     figure, axes = plt.subplots(down, across, figsize=(max(PANEL * across, 5.5), height * down + 0.5), layout="constrained",
-                                sharey=True, squeeze=False, **shared)
+                                sharey=True, squeeze=False)
     for panel in axes.flat[number:]:
         panel.set_visible(False)
     return figure, axes, axes.flat[:number]
 
 
-def mark_training(axes, models: dict, longest: float) -> None:
-    for trained in train_lengths(models):
-        if trained <= longest:
-            axes.axvline(trained, color=GREY, linestyle="--", linewidth=1, label="training length")
+def mark_training(axes, models: dict, longest: float) -> list[float]:
+    """A line at each training length up to the longest context; returns these."""
+    marked = [trained for trained in train_lengths(models) if trained <= longest]
+    for trained in marked:
+        axes.axvline(trained, color=GREY, linestyle="--", linewidth=1, label="training length")
+    return marked
 
 
 def draw_tasks(plt, models: dict):
-    """A panel a task and variant, exact match by context length."""
-    lengths = lengths_of(models, OTHER_TASKS)
+    """A panel a task and variant, exact match by context length: ticks are its own lengths and the training length."""
     panels = list(dict.fromkeys((r["task"], r["variant"]) for task in OTHER_TASKS for rows in models.values()
                                 for r in of_task(rows, task)))
     if not panels:
         return None
-    figure, axes, drawn = grid(plt, len(panels), 2.7, sharex=True)
-    across = axes.shape[1]
+    figure, axes, drawn = grid(plt, len(panels), 2.7)
     for panel, (task, variant) in zip(drawn, panels, strict=True):
         chances = {}
         for number, (name, rows) in enumerate(models.items()):
@@ -207,21 +288,17 @@ def draw_tasks(plt, models: dict):
             panel.errorbar(x, y, yerr=bars, capsize=2, label=name, **style(number))
             chances |= {r["length"]: r["chance"] for r in rows}
         panel.plot(chances.keys(), chances.values(), linestyle=":", color=GREY, marker="_", label="chance")
-        mark_training(panel, models, max(lengths))
-        log_axis(panel, lengths)
-        finish(panel, title=f"{task}: {variant}", ylim=(-0.03, 1.03))
-    for number, panel in enumerate(drawn):
-        if number + across >= len(panels):
-            panel.xaxis.set_tick_params(labelbottom=True)
-            panel.set_xlabel("context length, tokens")
-        if number % across == 0:
-            panel.set_ylabel("exact match")
+        marked = mark_training(panel, models, max(chances))
+        log_axis(panel, [*chances, *marked])
+        finish(panel, title=f"{task}: {variant}", xlabel="context length, tokens", ylim=(-0.03, 1.03))
+    for panel in axes[:, 0]:
+        panel.set_ylabel("exact match")
     legend(figure, drawn)
     return figure
 
 
 def draw_gain(plt, models: dict):
-    """Bars are 1.96 standard errors, clustered by text; a set of targets a panel."""
+    """A set of targets a panel. Targets of one text are not independent, so that the texts are what the bars count."""
     sets = lengths_of(models, ["gain"])
     if not sets:
         return None
@@ -232,22 +309,30 @@ def draw_gain(plt, models: dict):
             rows = sorted((r for r in of_task(rows, "gain") if r["length"] == longest), key=lambda r: r["low"])
             own, other = ([r for r in rows if r["variant"].startswith(which)] for which in ("own", "other"))
             base = [r for r in own if r["context_gain"] == 0][:1]
-            control = dict(linestyle="--", markerfacecolor="white")
-            for part, kind, looks in ((own, "", {}), (base + other, ", far context of another book", control)):
-                if len(part) > 1:
-                    bars = [1.96 * (r["context_gain_se"] or 0) for r in part]
-                    panel.errorbar([r["low"] for r in part], [r["context_gain"] for r in part], yerr=bars, capsize=2,
-                                   label=name + kind, **style(number) | looks)
+            control = base + other if other else []
+            dashed = dict(linestyle="--", markerfacecolor="white")
+            for part, kind, looks in ((own, "", {}), (control, ", far context of another book", dashed)):
+                if part:
+                    panel.errorbar([r["low"] for r in part], [r["context_gain"] for r in part], yerr=list(map(gain_bar, part)),
+                                   capsize=2, label=name + kind, **style(number) | looks)
             contexts |= {r["low"] for r in rows}
             notes |= {(int(r["n"]), int(r["texts"])) for r in rows}
         mark_training(panel, models, max(contexts))
         panel.axhline(0, color=GREY, linewidth=0.8)
         log_axis(panel, list(contexts))
         n, texts = (stretch([note[i] for note in notes]) for i in (0, 1))
-        finish(panel, title=f"n = {n} targets of {texts} texts", xlabel="context before the targets, tokens",
+        title = f"n = {n} targets of {texts} text{'' if texts == '1' else 's'}"
+        if 1 in (note[1] for note in notes):
+            title += "\nno bar where all are of one text: it has no interval"
+        finish(panel, title=title, xlabel="context before the targets, tokens",
                ylabel="loss with base context - loss, nats per token")
     legend(figure, axes[0], columns=2)
     return figure
+
+
+def gain_bar(row: dict) -> float:
+    """Half of the 95 % interval of a row's context gain; NaN, which draws no bar, where there is one text."""
+    return t_quantile(int(row["texts"]) - 1) * row["context_gain_se"] if row["texts"] >= 2 else math.nan
 
 
 def draw_trend(plt, models: dict):
@@ -310,16 +395,30 @@ def draw(directories: list[Path], output: Path) -> list[Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figures = {output / f"retrieval_{picture}": make(plt, models) for picture, make in PICTURES.items()}
+    figures = {path: figure for path, figure in figures.items() if figure is not None}
     output.mkdir(parents=True, exist_ok=True)
-    written = []
-    for picture, make in PICTURES.items():
-        figure = make(plt, models)
-        if figure is not None:
-            written.append(output / f"retrieval_{picture}.png")
-            figure.savefig(written[-1], dpi=130)
-            figure.savefig(written[-1].with_suffix(".svg"))
-            plt.close(figure)
-    return written
+    save(figures, dpi=130)
+    for figure in figures.values():
+        plt.close(figure)
+    return [Path(f"{path}.png") for path in figures]
+
+
+def save(figures: dict, dpi: int) -> None:
+    """Write figures, by path without suffix, as PNG and SVG. Where one of them cannot be written all old pictures stay."""
+    partial = {}  # temporary file -> the picture that it becomes
+    try:
+        for path, figure in figures.items():
+            for suffix in SUFFIXES:
+                picture = Path(f"{path}{suffix}")
+                temporary = picture.with_name(f".{picture.name}.{os.getpid()}.tmp")
+                partial[temporary] = picture
+                figure.savefig(temporary, format=suffix[1:], dpi=dpi)
+        for temporary, picture in partial.items():
+            os.replace(temporary, picture)
+    finally:
+        for temporary in partial:
+            temporary.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -1,14 +1,18 @@
 """Does being drawn to what stands behind the places just found keep a head from jumping, as a link asks? A toy on the CPU.
 
-    python results/cpu-toys/links.py SHARD SEED        # 2,400 steps, then lines of JSON
+    python results/cpu-toys/links.py SHARD SEED             # 2,400 steps, then lines of JSON
+    python results/cpu-toys/links.py SHARD SEED longer      # chains of up to four links among the training tasks
 
 The toy of keys.py, but of the training tasks 20 % ask through one link and 10 % through two: K2 := K1 stated with other words
 than K1 := V, and the answer spells the way, K1 between its value behind K2 and the link's words. At K1's end the last seven
 tokens were found in the statement of K2, and the next one stands in that of K1. Scored as there, on its eight statements of one
 template and on 128 sequences for none, one and two links: the first words of the answer, those behind a link and those behind
 the jump to the next statement, and whole answers; and text and values of other statements, as in sharpness.py.
+
+`longer`: as many tasks ask through links, 12 %, 8 %, 5 % and 5 % of all through one, two, three and four.
 """
 
+import functools
 import json
 import sys
 import time
@@ -21,7 +25,8 @@ import torch
 import two_heads
 from tied_head import common_text
 
-HOPS, STEPS, ASKED = (0.7, 0.2, 0.1), 2400, 128
+HOPS, LONGER, STEPS, ASKED = (0.7, 0.2, 0.1), (0.7, 0.12, 0.08, 0.05, 0.05), 2400, 128
+ASKED_HOPS = (0, 1, 2, 4)
 FOLLOWS = (None, (8, 7, 0, 0), (8, 7, 2, 0), (2, 7, 2, 1), (4, 7, 2, 1), (8, 7, 2, 1))
 TEXT = ((keys.FOCUS, None), (keys.FOCUS, (4, 7, 2, 1)))  # those that text is scored with too
 
@@ -40,14 +45,14 @@ def task(rng, hops):
     return said, np.concatenate([*way, names[0], between, value, after]), starts
 
 
-def batch(rng, text, passages, statements):
+def batch(rng, text, passages, statements, hops=HOPS):
     tokens = np.empty((toy.B, toy.T + 1), np.int64)
     for row in tokens:
         start = rng.randint(len(text) - toy.T - 1)
         row[:] = text[start : start + toy.T + 1]
         free = np.arange(toy.T + 1) > 0
         for _ in range(rng.poisson(statements * toy.T / 32)):
-            said, question, _ = task(rng, rng.choice(3, p=HOPS))
+            said, question, _ = task(rng, rng.choice(len(hops), p=hops))
             rng.shuffle(said)
             for _ in range(40):
                 starts = np.sort(rng.randint(1, toy.T + 2 - len(question), len(said) + 1))
@@ -75,7 +80,7 @@ def score(model, text, line):
     """Lines of JSON for a model, which `line` names."""
     start = time.time()
     near, far = sharpness.sequences(text)
-    asked = {f"{hops} hops": list(questions(np.random.RandomState(99), text, hops)) for hops in range(len(HOPS))}
+    asked = {f"{hops} hops": list(questions(np.random.RandomState(99), text, hops)) for hops in ASKED_HOPS}
     eight = [[] for _ in range(4)]
     for tokens, at, between in keys.questions(np.random.RandomState(99), text):
         eight[between].append((tokens, np.array([at])))
@@ -96,13 +101,14 @@ def score(model, text, line):
         print(json.dumps(line | dict(seconds=round(time.time() - start))), flush=True)
 
 
-def main(shard, seed):
-    toy.Attention.forward, toy.batch, toy.STEPS = sharpness.forward, batch, STEPS
+def main(shard, seed, *longer):
+    toy.Attention.forward, toy.STEPS = sharpness.forward, STEPS
+    toy.batch = functools.partial(batch, hops=LONGER if longer else HOPS)
     text = common_text(shard)
     torch.manual_seed(int(seed))
     model = two_heads.Model(0, 10)
     sharpness.train(model, two_heads.optimizers_of(model), text[:-400_000], seed, statements=0.2)
-    score(model, text[-400_000:], dict(seed=int(seed)))
+    score(model, text[-400_000:], dict(seed=int(seed), longer=bool(longer)))
 
 
 if __name__ == "__main__":
