@@ -324,6 +324,8 @@ class Config:
         refuse(not (self.num_iterations or self.needle_eval or self.val_tokens),
                "NUM_ITERATIONS=0, NEEDLE_EVAL=0 and VAL_TOKENS=0 leave nothing to do")
         refuse(self.needle_files and not self.needle_eval, "NEEDLE_FILES is set, but NEEDLE_EVAL is 0")
+        refuse(self.retrieval_passages != Config.retrieval_passages and not self.retrieval_mix,
+               f"RETRIEVAL_PASSAGES={self.retrieval_passages:g} is a share of RETRIEVAL_MIX, which is 0")
         if self.attn_backend == "triton":
             refuse(self.head_dim not in TRITON_HEAD_DIMS, f"ATTN_BACKEND=triton knows HEAD_DIM "
                    f"{', '.join(map(str, TRITON_HEAD_DIMS))}, not {self.head_dim}: take ATTN_BACKEND=flex")
@@ -517,7 +519,7 @@ def unknown_variables(environment) -> list[str]:
     problems = []
     for name in sorted(set(environment) - set(known)):
         ours = name.startswith(CHECKED_PREFIXES)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if ours else 0.92) if ours or "_" in name else []
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if ours else 0.92)
         if ours or near:
             problems.append(f"{name} is not a variable of this script" + (f"; did you mean {near[0]}?" if near else ""))
     return problems

@@ -47,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import peers
 from model.attention import BLOCK, Documents, flex_block_mask, pointer_attention, prepare
 from model.attn_bias import (
+    MAX_POSITION,
     BiasCoefficients,
     ListShape,
     PointerState,
@@ -68,6 +69,7 @@ SLOTS = LISTS.local_blocks + POINTERS * (2 * LISTS.half_blocks + 1) + LISTS.glob
 FIRST_DOCUMENT = 1000  # tokens; the second document begins inside a block
 INPUT_SETS, CACHE_BYTES = 3, 256 * 2**20  # inputs smaller than this many bytes take turns
 LEAST_RUNS, MOST_RUNS, MOST_COVER_MS = 3, 1000, 500
+SECONDS, MOST_TOKENS = (1e-3, 3600), 2**31  # limits of arguments
 CYCLES_PER_MS = 2_000_000  # of the device's clock, at most
 PASSES = {"forward": False, "forward+backward": True}
 
@@ -570,7 +572,19 @@ def whole_numbers(text: str) -> list[int]:
     bad = [v for v in values if v < BLOCK or v % BLOCK]
     if bad:
         raise argparse.ArgumentTypeError(f"{bad[0]} tokens are not a positive multiple of the block of {BLOCK}")
+    if max(values) > MAX_POSITION:
+        raise argparse.ArgumentTypeError(f"{max(values)} tokens are more than the {MAX_POSITION} positions that the bias knows")
     return values
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str):
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:  # no NaN is
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low:,} to {high:,}")
+
+    return parse
 
 
 def names_from(known) -> Callable[[str], list[str]]:
@@ -590,15 +604,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=whole_numbers, default="16384,65536,262144,1048576", help="lengths, e.g. 16384,65536")
     parser.add_argument("--variants", type=names_from(VARIANTS), default=",".join(VARIANTS), help=", ".join(VARIANTS))
     parser.add_argument("--passes", type=names_from(PASSES), default="forward+backward,forward", help=" and ".join(PASSES))
-    parser.add_argument("--forward-only-from", type=int, default=1_048_576, metavar="TOKENS",
+    parser.add_argument("--forward-only-from", type=number(int, 0, MOST_TOKENS), default=1_048_576, metavar="TOKENS",
                         help="no backward at this length and above (default: %(default)s)")
-    parser.add_argument("--document-tokens", type=int, default=0, metavar="TOKENS",
+    parser.add_argument("--document-tokens", type=number(int, 0, MOST_TOKENS), default=0, metavar="TOKENS",
                         help=f"mean length of the documents; 0: one, after a first of {FIRST_DOCUMENT:,}: the fullest lists")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timed runs for each figure (default: %(default)s)")
+    parser.add_argument("--seconds", type=number(float, *SECONDS), default=1.0,
+                        help="of timed runs for each figure (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, after each one")
     args = parser.parse_args(arguments)
     if args.json and not args.json.resolve().parent.is_dir():
         parser.error(f"{args.json}: its directory does not exist")
+    if all(PASSES[which] for which in args.passes) and min(args.tokens) >= args.forward_only_from:
+        parser.error(f"--forward-only-from {args.forward_only_from} leaves nothing of --passes {','.join(args.passes)}")
     return args
 
 
@@ -607,7 +624,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: bench/attention.py needs a CUDA GPU")
     torch._dynamo.config.recompile_limit = 64  # beyond it FlexAttention would run dense and eager, silently
-    run_cells(args)
+    rows = run_cells(args)
+    if not any("ms" in row for row in rows):
+        sys.exit(f"error: none of {len(rows)} cells could be measured; the last: {rows[-1]['error']}")
 
 
 if __name__ == "__main__":

@@ -46,10 +46,10 @@ def draw_stacks(axes, steps: list[dict]) -> None:
 
 
 def draw_components(axes, steps: list[dict]) -> None:
-    names = [c["component"] for c in steps[0]["components"]]
+    names = list(dict.fromkeys(c["component"] for step in steps for c in step["components"]))  # an older step lacks some
     height = 0.8 / len(steps)
     for i, step in enumerate(steps):
-        of = {c["component"]: c for c in step["components"]}
+        of = dict.fromkeys(names, dict(ms=0.0, floor_ms=None)) | {c["component"]: c for c in step["components"]}
         y = [row + (i - (len(steps) - 1) / 2) * height for row in range(len(names))]
         axes.barh(y, [of[name]["ms"] for name in names], height, color=COLOURS[i % len(COLOURS)], label=step["label"])
         for name, at in zip(names, y, strict=True):

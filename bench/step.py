@@ -2,6 +2,7 @@
 
     python bench/step.py --json step_A.json                                                          # arm A
     SPECTRAL_BIAS=1 SPECTRAL_USE_POINTER_MASK=1 python bench/step.py --json step_C.json              # arm C
+    SPECTRAL_USE_POINTER_MASK=1 python bench/step.py --json step_content.json                        # pointers that search
     python bench/plot_step.py step_A.json step_C.json                                                # side by side
 
 Configured by the variables of scoped_medium.py; random tokens, documents of 20k tokens on average, the schedules at
@@ -9,11 +10,13 @@ Configured by the variables of scoped_medium.py; random tokens, documents of 20k
 
 A kernel belongs to the component whose source lines it was compiled from: operators of ours and matrix products by the
 operator that launched them, fused kernels by the compiler's record of their origins; the time of one that fuses several
-components is divided by their numbers of origins. `idle` is what the step lasts longer than its kernels.
+components is divided by their numbers of origins. `search` is what pointers that search add: blend, landmarks and their
+losses, gates, askers, search, admission, lists of claims, what copies say. `idle` is what the step lasts longer than its
+kernels.
 
 The floor is the larger of FLOPs / 790 TFLOP/s (twice that in FP8) and bytes / 4.3 TB/s, each operand moved once, and counts
 what the computation needs, not what the kernels do: 15 activations a layer for norms, rotation and residuals, say, as many
-as perfect fusion would move.
+as perfect fusion would move. What it leaves out of a component is named below the table.
 """
 
 import argparse
@@ -37,12 +40,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import scoped_medium as scope
 from model.attention import BLOCK
+from model.selection import list_width
 
 ROOT = Path(__file__).resolve().parents[1]
 MATMUL_FLOPS, FP8_FLOPS, COPY_BYTES = 790e12, 2 * 790e12, 4.3e12  # per second, as measured on an H200
-COMPONENTS = ("embedding", "attention projections", "norm, rotary, residual", "bias prediction", "lists", "attention forward",
-              "attention backward", "MLP", "head and loss", "gradients", "Muon", "Adam", "rest")
+COMPONENTS = ("embedding", "attention projections", "norm, rotary, residual", "bias prediction", "search", "lists",
+              "attention forward", "attention backward", "MLP", "head and loss", "gradients", "Muon", "Adam", "rest")
 GLUE = "norm, rotary, residual"
+SEARCH_OPERATORS = r"scope::(ask|search|admit|content_lists|append_claims)$"
+UNCOUNTED = {"search": "the maxima over its scores and the admission, which goes token by token"}
 LEAST_SHARE = 0.2  # of a fused kernel's origins, below which a component gets none of its time
 DOCUMENT_TOKENS, TIMED_STEPS, SCHEDULE_STEPS = 20_000, 5, 1000
 
@@ -75,12 +81,14 @@ def source_line(path: Path, number: int) -> str:
 def component_of_line(path: Path, number: int, backward: bool) -> str:
     """The component that one line of this repository works for."""
     name, code = qualified_names(path).get(number, ""), source_line(path, number)
+    if path.name == "content.py" or path.name.startswith("selection") or name.startswith("Attention.point"):
+        return GLUE if name.startswith("Heads") else "search"
     if re.search(r"lists|prepare|Documents|Schedule", name):
         return "lists"
     if path.name.startswith("attention"):
         return "attention backward" if backward else "attention forward"
-    if path.name == "attn_bias.py":
-        return "bias prediction"
+    if path.name == "attn_bias.py":  # two of its functions serve models without a bias
+        return GLUE if name in ("read_codes", "length_scale") else "bias prediction"
     if re.match(r"Rotary|norm\b|Block\b", name):
         return GLUE
     if name.startswith("Attention"):
@@ -88,7 +96,9 @@ def component_of_line(path: Path, number: int, backward: bool) -> str:
     if name.startswith("MLP"):
         return "MLP"
     if name == "GPT.hidden":
-        return "embedding" if "embed" in code or "table(" in code else GLUE
+        if re.search(r"embed|table\(|codes_VD\[", code):
+            return "embedding"
+        return "search" if re.search("said|quiet", code) else GLUE
     if name.startswith(("GPT", "fp8")) or path.name == "head.py":
         return "head and loss"
     return "rest"
@@ -99,7 +109,7 @@ def component_of_trace(trace: str, backward: bool) -> str | None:
     frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
     for file, number in reversed(frames):
         path = Path(file)
-        if path.is_relative_to(ROOT) and path.exists():
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts and path.exists():
             return component_of_line(path, int(number), backward)
     return None
 
@@ -158,17 +168,20 @@ def launches(events: list[dict]):
 
 
 def component_of_product(operator: dict, config) -> str:
-    """A matrix product's component by its two sizes beside the tokens."""
-    if operator["name"] in ("aten::bmm", "aten::baddbmm"):
-        return "bias prediction"  # by head; the optimizer's are told by their annotation
-    shapes = [shape for shape in operator["args"].get("Input Dims", []) if len(shape) == 2]
-    *_, (m, k), (_, n) = [(0, 0), (0, 0), *shapes[:3 if operator["name"] == "aten::addmm" else 2]]
+    """A matrix product's component by its batch and its two sizes beside the tokens."""
+    name, (C, width) = operator["name"], (config.model_dim, config.num_heads * config.head_dim)
+    shapes = operator["args"].get("Input Dims", [])["add" in name :]  # without what is added
+    (*batch, m, k), (*_, n) = ([shape for shape in shapes if len(shape) >= 2] + [[0, 0], [0, 0]])[:2]
     sizes = Counter((m, k, n)) - Counter([config.train_seq_len])
-    if 4 * config.model_dim in sizes:
+    others = "search" if config.content_pointers else "rest"  # landmarks, the probe's rows, the gates
+    if batch:  # by head; the optimizer's are told by their annotation
+        predicts = config.spectral_bias and batch == [config.num_heads] and config.spectral_hidden in sizes
+        return "bias prediction" if predicts else others
+    if 4 * C in sizes:
         return "MLP"
     if 128 * -(-config.vocab_size // 128) in sizes:
         return "head and loss"
-    return "attention projections" if config.model_dim in sizes else "rest"
+    return "attention projections" if sizes in (Counter([C, width]), Counter([C, 3 * width])) else others
 
 
 def components_of_kernel(kernel: dict, opened: list[dict], origins: dict, config) -> dict[str, float]:
@@ -180,6 +193,8 @@ def components_of_kernel(kernel: dict, opened: list[dict], origins: dict, config
             return {optimizer: 1}
     for e in opened:
         name = e["name"]
+        if re.match(SEARCH_OPERATORS, name):
+            return {"search": 1}
         if name == "context" or re.match(r"scope::\w*lists", name):
             return {"lists": 1}
         if name.startswith(("scope::fp8", "scope::head")):
@@ -228,28 +243,78 @@ def busy_ms(events: list[dict]) -> float:
 # Floors
 
 
-def floors(model: scope.GPT, optimizers: list, config, sequences: int, blocks: float) -> dict[str, dict]:
-    """FLOPs, bytes and the least milliseconds of a step's components; `blocks`: mean listed blocks of an attention layer."""
+def list_slots(config, layer: int) -> tuple[int, int]:
+    """Slots of a query block's list of predicted offsets in a layer with pointers, and of the list that its attention reads."""
+    blocks, (local, half, anchors) = config.train_seq_len // BLOCK, config.list_shape
+    offsets = min(local + config.spectral_pointers * (2 * half + 1) + anchors, blocks) if config.offset_pointers else 0
+    if not config.content_pointers:
+        return offsets, offsets
+    shape = config.content_shape()
+    if config.offset_pointers:
+        return offsets, min(offsets + shape.far_blocks, blocks)
+    window = scope.WINDOW_SLOTS[layer in scope.long_window_layers(config.num_layers)]
+    return 0, list_width(local, anchors, window, shape.far_blocks, blocks, shape.readers > shape.heads)
+
+
+def search_work(config, past: float) -> tuple[float, float]:
+    """FLOPs and bytes of a sequence's search in all layers; `past`: mean blocks of its document before a query block.
+
+    FLOPs of the products. Scores: p . l of every token, as in training all ask, with the tokens of the past, forward alone
+    (pooled: with one mean a block). Projections: q and k to landmarks, their gradients and the maps'. Probe: the sampled rows'
+    p . l over the past with both gradients, and their content logits, which have none. Bytes: blend and projections, forward
+    and backward; landmarks into the search and what it finds out of it and into the admission; lists of claims; the gates
+    (products too thin to be bound by FLOPs), which read the layer's input and the final stream; what is said."""
+    shape = config.content_shape()
+    T, D, H, layers = config.train_seq_len, config.head_dim, config.num_heads, len(config.spectral_layer_ids())
+    P, r, activation, head = shape.heads, shape.dim, 2 * T * config.model_dim, 2 * T * config.head_dim
+    slots = [list_slots(config, layer)[1] for layer in config.spectral_layer_ids()]
+    lists = sum(4 * H * (T // BLOCK * width + T * -(-width // 32)) for width in slots)
+    moved = layers * (10 * shape.matching * head + P * 32 * T) + lists  # bytes of blend and finds
+    if config.pooled:  # half of every head's dimensions, no gradient
+        return layers * P * D * T * past, moved + layers * P * 2 * head
+    keys = past * BLOCK
+    scores, projections = 2 * r * T * keys, 12 * T * D * r
+    probe = shape.rows * keys * (6 * r + 2 * (D - r - config.folded_features))
+    moved += layers * (P * 6 * (head + 2 * T * r) + 2 * activation)
+    if config.copying:
+        moved += layers * P * 3 * head + 2 * head + 3 * activation
+    return layers * P * (scores + projections + probe), moved
+
+
+def floors(model: scope.GPT, optimizers: list, config, sequences: int, blocks: float, pointer_blocks: float = 0.0,
+           past: float = 0.0) -> dict[str, dict]:
+    """FLOPs, bytes and the least milliseconds of a step's components; `blocks`: mean listed blocks of an attention layer's
+    heads, `pointer_blocks`: of its heads that search, `past`: see `search_work`."""
     T, C, L, H = config.train_seq_len, config.model_dim, config.num_layers, config.num_heads
-    width, vocab = H * config.head_dim, len(model.head_w)
-    attention, spectral = len(scope.attention_layers(L)), len(config.spectral_layer_ids())
+    width, vocab, N = H * config.head_dim, len(model.head_w), T // BLOCK
+    attention, pointing = len(scope.attention_layers(L)), config.spectral_layer_ids()
+    predicting = len(pointing) * config.spectral_bias
     activation, wide = 2 * T * C, 2 * T * width
     tables = [model.embed, *model.value_embeds]
     shape = config.spectral_shape()
     outputs = 5 * shape.pointers + 2
     pairs = attention * T * blocks * BLOCK
-    slots = sum(config.list_shape[::2]) + shape.pointers * (2 * config.spectral_pointer_half_blocks + 1)
+    # Heads that copy weigh codes as they weigh values: one more product each way, as codes have no gradient. A layer's codes
+    # and what each of the heads finds are moved once. In the output head, codes are D more columns.
+    copies = len(pointing) * config.spectral_pointer_heads * config.copying
+    copied = 2 * config.head_dim * copies * T * pointer_blocks * BLOCK
+    found = 2 * T * config.head_dim * (len(pointing) * config.copying + copies)
+    code = config.head_dim * config.copying
+    # Entries of lists are written, read, split and transposed; those of claims are written by the search. Dense: one table.
+    entries = sum(H * N * (offsets + 3 * slots) for offsets, slots in (list_slots(config, layer) for layer in pointing))
     each = {  # of one sequence: (FLOPs, bytes)
-        "embedding": (0, sum(3 * 2 * T * t.weight.size(1) + t.weight.numel() * t.weight.element_size() for t in tables)),
+        "embedding": (0, sum(3 * 2 * T * t.weight.size(1) + t.weight.numel() * t.weight.element_size() for t in tables)
+                      + 3 * T * code),
         "attention projections": (6 * T * C * 4 * width * attention, attention * 3 * (2 * activation + 4 * wide)),
         GLUE: (0, 3 * L * 15 * activation),
-        "bias prediction": (6 * T * H * shape.hidden * (shape.head_dim + outputs) * spectral,
-                            3 * spectral * (wide + T * H * (2 * shape.num_features + 4 * shape.pointers))),
-        "lists": (0, config.spectral_use_pointer_mask * spectral * 4 * 4 * H * slots * T // BLOCK),
-        "attention forward": (4 * width * pairs, attention * 4 * wide),
-        "attention backward": (10 * width * pairs, attention * 8 * wide),
+        "bias prediction": (6 * T * H * shape.hidden * (shape.head_dim + outputs) * predicting,
+                            3 * predicting * (wide + T * H * (2 * shape.num_features + 4 * shape.pointers))),
+        "search": search_work(config, past) if config.content_pointers else (0, 0),
+        "lists": (0, 4 * (4 * N * N if config.dense else entries)),
+        "attention forward": (4 * width * pairs + copied, attention * 4 * wide + found),
+        "attention backward": (10 * width * pairs + copied, attention * 8 * wide + found),
         "MLP": (6 * T * 8 * C * C * L, 3 * L * 10 * activation),
-        "head and loss": (6 * T * C * vocab, 4 * 2 * T * vocab),
+        "head and loss": (T * (6 * C + 4 * code) * vocab, 4 * 2 * T * vocab),
     }
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradient_bytes = sum(p.numel() * p.element_size() for p in parameters)
@@ -314,6 +379,15 @@ def profile_step(trainer: scope.Trainer, sequences: list[tuple]) -> list[dict]:
         return json.loads(path.read_text())["traceEvents"]
 
 
+@torch.no_grad()
+def measured_blocks(trainer: scope.Trainer) -> dict[str, float]:
+    """What `floors` wants to know of the last sequence."""
+    start_N, heads = trainer.telemetry_documents.start_block_N, trainer.config.spectral_pointer_heads
+    searching = [layer.num_BHN[:, :heads].float().mean().item() for layer in trainer.telemetry if layer.pointing is not None]
+    return dict(blocks=scope.mean_listed_blocks(trainer), pointer_blocks=statistics.fmean(searching or [0.0]),
+                past=(torch.arange(len(start_N), device=start_N.device) - start_N).float().mean().item())
+
+
 def measure(config, device: torch.device, progress: float) -> dict:
     trainer = make_trainer(config, device, progress)
     sequences = random_sequences(config, device)
@@ -333,15 +407,15 @@ def measure(config, device: torch.device, progress: float) -> dict:
         peak_gib = torch.cuda.max_memory_allocated() / 2**30
         events = profile_step(trainer, sequences)
     spent, rest = attribute(events, origins, config)
-    blocks = scope.mean_listed_blocks(trainer)
-    least = floors(trainer.model, trainer.optimizers, config, len(sequences), blocks)
+    blocks = measured_blocks(trainer)
+    least = floors(trainer.model, trainer.optimizers, config, len(sequences), **blocks)
     step_ms = statistics.median(steps)
     components = [dict(component=name, ms=spent[name], **least.get(name, dict(flops=0, bytes=0, floor_ms=None)))
                   for name in COMPONENTS]
     components.append(dict(component="idle", ms=max(0.0, step_ms - busy_ms(events)), flops=0, bytes=0, floor_ms=None))
     return dict(arm=config.arm, device=torch.cuda.get_device_name(device), torch=str(torch.__version__),
                 backend=trainer.backend, layers=sorted(config.spectral_layer_ids()), tokens=config.train_seq_len,
-                sequences=len(sequences), progress=progress, blocks=blocks, step_ms=step_ms, steps_ms=steps,
+                sequences=len(sequences), progress=progress, **blocks, step_ms=step_ms, steps_ms=steps,
                 peak_gib=peak_gib, components=components, rest=rest)
 
 
@@ -355,6 +429,8 @@ def table(result: dict) -> str:
                      f"{c['bytes'] / 1e9:8.2f} " + (f"{floor:8.2f} {c['ms'] / floor:8.2f}" if floor else f"{'-':>8} {'-':>8}"))
     total, least = (sum(c[key] or 0 for c in result["components"]) for key in ("ms", "floor_ms"))
     lines.append(f"{'sum':24} {total:8.2f} {100 * total / result['step_ms']:5.1f} {'':17} {least:8.2f} {total / least:8.2f}")
+    lines += [f"the floor of {c['component']} leaves out {UNCOUNTED[c['component']]}" for c in result["components"]
+              if c["component"] in UNCOUNTED and c["floor_ms"]]
     if result["rest"]:
         lines += ["longest of the rest:", *(f"  {ms:8.3f} ms  {name[:100]}" for name, ms in result["rest"])]
     return "\n".join(lines)

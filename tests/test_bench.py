@@ -1,13 +1,18 @@
 """The benchmarks without a GPU: their arithmetic against counting, their tables, JSON and pictures from made-up rows."""
 
 import json
+import re
 import statistics
 import sys
 import time
+import traceback
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import scoped_medium as scope
 from bench import attention, forward, peers, plot_attention, plot_step, step
@@ -226,9 +231,28 @@ def test_every_row_is_written_when_it_is_there_and_errors_hide_nothing(tmp_path,
     (["--passes", "backward"], "'backward' is none of forward, forward+backward"),
     (["--json", "/nowhere/rows.json"], "/nowhere/rows.json: its directory does not exist"),
     (["--token-count", "1"], "--token-count"),
+    (["--tokens", "4194304"], "4194304 tokens are more than the 2097152 positions that the bias knows"),
+    (["--seconds", "nan"], "'nan' is not a number from 0.001 to 3,600"), (["--seconds", "0"], "'0' is not a number from"),
+    (["--seconds", "inf"], "'inf' is not a number from"), (["--seconds", "soon"], "'soon' is not a number from"),
+    (["--document-tokens", "-5"], "'-5' is not a whole number from 0 to 2,147,483,648"),
+    (["--document-tokens", "1e4"], "'1e4' is not a whole number"),
+    (["--forward-only-from", "-1"], "'-1' is not a whole number"),
+    (["--passes", "forward+backward", "--tokens", "1048576"], "--forward-only-from 1048576 leaves nothing of --passes"),
 ])
 def test_wrong_arguments_are_refused_in_one_line(arguments, says):
     assert says in stop_line(attention.parse_arguments, arguments)
+
+
+def test_a_run_without_a_figure_fails_in_one_line(monkeypatch):
+    rows = [fake_row(variant="nsa", error="not importable: a peer"), fake_row(error="OutOfMemoryError: CUDA out of memory.")]
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "run_cells", lambda args: rows)
+    attention.main()  # one of them has a time, and then failed
+    for row in rows:
+        del row["ms"]
+    assert stop_line(attention.main) == ("error: none of 2 cells could be measured; the last: OutOfMemoryError: CUDA out of "
+                                         "memory.")
 
 
 def test_defaults_are_all_of_it():
@@ -344,6 +368,38 @@ def test_kernels_are_attributed():
     assert step.busy_ms(events) == pytest.approx(0.05 * len(expected))
 
 
+def searching_config(source="content", **changes) -> scope.Config:
+    values = dict(vocab_size=1000, spectral_bias=source in ("offset", "mixed"), spectral_pointer_source=source,
+                  spectral_landmark_dim=16, attn_backend="reference", torch_compile="0")
+    return tiny_config(**values | changes)
+
+
+def test_kernels_of_a_search_are_attributed():
+    back = "autograd::engine::evaluate_function: CompiledFunctionBackward"
+    registered = re.findall(r'custom_op\("(scope::\w+)"', (step.ROOT / "model/selection.py").read_text())
+    assert {"scope::search", "scope::content_lists"} < set(registered)
+    expected = [([name, "aten::sort"], "a_kernel", [], "search") for name in registered] + [
+        (["aten::mm"], "gemm", [[512, 64], [64, 16]], "search"),  # landmarks
+        ([back, "aten::mm"], "gemm", [[64, 512], [512, 16]], "search"),
+        (["aten::mm"], "gemm", [[128, 16], [16, 512]], "search"),  # the probe's rows
+        (["aten::mm"], "gemm", [[512, 128], [128, 1]], "search"),  # a gate of the stream
+        (["aten::mm"], "gemm", [[512, 192], [192, 1024]], "head and loss"),  # with codes
+        (["aten::mm"], "gemm", [[512, 128], [128, 384]], "attention projections"),
+        ([back, "aten::mm"], "gemm", [[128, 512], [512, 128]], "attention projections"),
+        (["scope::split_lists", "aten::sort"], "radix", [], "lists"),
+    ]
+    for source in ("content", "mixed"):
+        bias = "bias prediction" if source == "mixed" else "search"
+        by_head = [(["aten::bmm"], "gemm", [[2, 512, 64], [2, 64, 64]], bias),
+                   (["aten::bmm"], "gemm", [[3, 512, 64], [3, 64, 16]], "search")]
+        for outer, kernel, dims, component in expected + by_head:
+            spent, _ = step.attribute(fake_trace([(outer, kernel, dims)]), {}, searching_config(source))
+            assert {name: ms for name, ms in spent.items() if ms} == {component: pytest.approx(0.05)}, (source, outer, dims)
+    without = step.component_of_product(event("cpu_op", "aten::bmm", 0, 1, **{"Input Dims": [[2, 512, 64], [2, 64, 64]]}),
+                                        searching_config("dense"))
+    assert without == "rest"
+
+
 def test_fused_kernels_are_divided_by_their_origins():
     origins = {(False, "triton_a"): {step.GLUE: 6, "embedding": 2, "MLP": 1}, (True, "triton_a"): {"MLP": 3}}
     spent, _ = step.attribute(fake_trace([([], "triton_a", [])]), origins, tiny_config())
@@ -366,7 +422,13 @@ def test_busy_time_counts_overlap_once():
     ("scoped_medium.py", "x2 * cos - x1 * sin", step.GLUE), ("model/attn_bias.py", "phase = delta_BHTM", "bias prediction"),
     ("model/attn_bias.py", "leaders = delta_BHTM", "lists"), ("model/attention.py", "opens_T = tokens_T", "lists"),
     ("model/attention_triton.py", "out, lse = attend(", "attention forward"),
-    ("model/head.py", "grad * grad_x", "head and loss"),
+    ("model/head.py", "grad * grad_x", "head and loss"), ("model/content.py", "total = x * taps[0]", "search"),
+    ("model/content.py", "torch.einsum(\"bspe,btpe->pst\", p_BSPr", "search"),
+    ("model/content.py", "q, k, v = (torch.cat(x, 2)", step.GLUE), ("model/selection.py", "def content_lists(", "search"),
+    ("model/selection_triton.py", "def write_lists(", "search"),
+    ("scoped_medium.py", "ATTENTION_SCALE * torch.einsum", "search"), ("scoped_medium.py", "torch.sigmoid(QUIET", "search"),
+    ("scoped_medium.py", "self.codes_VD[tokens_T]", "embedding"), ("model/attn_bias.py", "(place / 10 + 1).log()", step.GLUE),
+    ("model/attn_bias.py", "y, found_BTPD, placed_BTPD = read(", step.GLUE),
 ])
 def test_source_lines_belong_to_components(file, code, component):
     path = step.ROOT / file
@@ -377,6 +439,42 @@ def test_source_lines_belong_to_components(file, code, component):
     trace = "\n".join(f'File "{file}", line {number}, in f' for file, number in frames)
     assert step.component_of_trace(trace, False) == component
     assert step.component_of_trace('File "/torch/nn.py", line 1, in x', False) is None
+    installed = f'{trace}\nFile "{F.__file__}", line 9, in f'  # of torch, even where it lies within this repository
+    assert step.component_of_trace(installed, False) == component
+
+
+class Components(TorchDispatchMode):
+    """Of every operator of a forward that runs uncompiled: by its source line, and of a product by its sizes too."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.by_line, self.products = config, set(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        component = step.component_of_trace("".join(traceback.format_stack()[:-1]), False)
+        self.by_line.add(component)
+        if name in ("aten::mm", "aten::bmm") and component != "attention forward":
+            shapes = [list(x.shape) for x in args]
+            by_size = step.component_of_product(dict(name=name, args={"Input Dims": shapes}), self.config)
+            self.products.append((component, by_size, shapes))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("source", ["content", "mixed", "pooled", "dense", "offset"])
+def test_every_line_of_a_forward_has_a_component(source):
+    config = searching_config(source, spectral_length_scale=source == "dense")
+    trainer = step.make_trainer(config, torch.device("cpu"), 1.0)
+    (tokens, targets), *_ = step.random_sequences(config, torch.device("cpu"))
+    context = trainer.context(tokens)
+    with Components(config) as components:
+        trainer.model.train()(tokens, targets, context)
+    expected = {"embedding", "attention projections", step.GLUE, "attention forward", "MLP", "head and loss"}
+    expected |= {"search"} if config.content_pointers else set()
+    expected |= {"bias prediction"} if config.spectral_bias else set()
+    expected |= {"lists"} if config.offset_pointers else set()
+    assert components.by_line == expected
+    assert components.products and all(by_line == by_size for by_line, by_size, _ in components.products)
 
 
 def test_floors_are_those_of_the_matrices():
@@ -405,21 +503,99 @@ def test_floors_are_those_of_the_matrices():
     assert without["bias prediction"]["flops"] == without["lists"]["bytes"] == 0
 
 
+def test_no_bias_is_charged_without_one():
+    for source in ("content", "pooled", "dense"):
+        config = searching_config(source)
+        model = scope.build_model(config, torch.device("cpu"))
+        least = step.floors(model, scope.make_optimizers(model), config, 2, blocks=3.0, pointer_blocks=2.0, past=1.5)
+        assert least["bias prediction"] == dict(flops=0, bytes=0, floor_ms=0) and least["lists"]["bytes"] > 0
+        assert (least["search"]["floor_ms"] > 0) == config.content_pointers
+        assert least["head and loss"]["flops"] >= 6 * config.batch_tokens * model.head_w.numel()
+
+
+def counted_flops(function, *inputs) -> int:
+    """Of the matrix products of a forward, and of the gradients that its result has."""
+    with FlopCounterMode(display=False) as counter:
+        results = function(*inputs)
+        for result in results if isinstance(results, tuple) else (results,):
+            if result.requires_grad:
+                result.sum().backward(retain_graph=True)
+    return counter.get_total_flops()
+
+
+def test_floors_of_a_search_are_those_of_its_products():
+    config = searching_config()
+    model = scope.build_model(config, torch.device("cpu"))
+    least = step.floors(model, scope.make_optimizers(model), config, 2, blocks=3.0, pointer_blocks=2.0, past=1.5)
+    content, T, D, r, times = model.blocks[0].attn.content, 512, 64, 16, 2 * 2  # layers and sequences
+    q, k = (torch.randn(1, T, 1, D, requires_grad=True) for _ in range(2))
+    asks, keys = (x.detach()[0, :, 0] for x in content.project(q, k))
+    past = 3 * BLOCK // 2  # tokens
+    search = counted_flops(content.project, q, k) + counted_flops(torch.matmul, asks, keys[:past].T)
+    rows, content_rows = asks[: content.shape.rows].requires_grad_(), torch.randn(content.shape.rows, D - r)
+    search += counted_flops(lambda: rows @ keys[:past].requires_grad_().T)
+    search += counted_flops(torch.matmul, content_rows, torch.randn(D - r, past))
+    assert least["search"]["flops"] == times * search
+    said, codes = torch.randn(T, D, requires_grad=True), torch.randn(len(model.head_w), D)
+    head = counted_flops(F.linear, said, codes)
+    assert least["head and loss"]["flops"] == 6 * config.batch_tokens * model.head_w.numel() + 2 * head
+    weights = torch.rand(T, 2 * BLOCK, requires_grad=True)  # of the values, and so of the codes
+    again = counted_flops(torch.matmul, weights, codes[: 2 * BLOCK]) // 2  # forward, and as much backward
+    assert least["attention forward"]["flops"] == times * (4 * 128 * T * 3 * BLOCK + again)
+    assert least["attention backward"]["flops"] == times * (10 * 128 * T * 3 * BLOCK + again)
+
+
+def test_a_pooled_search_has_one_key_a_block():
+    config = searching_config("pooled")
+    model = scope.build_model(config, torch.device("cpu"))
+    least = step.floors(model, scope.make_optimizers(model), config, 2, blocks=3.0, pointer_blocks=2.0, past=3.0)
+    assert least["search"]["flops"] == 2 * 2 * counted_flops(torch.matmul, torch.randn(512, 32), torch.randn(32, 3))
+    assert least["attention forward"]["flops"] == 2 * 4 * 128 * config.batch_tokens * 3 * BLOCK
+
+
+@pytest.mark.parametrize("source, changes, slots", [
+    ("offset", {}, (36, 36)), ("content", {}, (0, 22)), ("pooled", {}, (0, 22)), ("mixed", {}, (36, 52)), ("dense", {}, (0, 0)),
+    ("content", dict(spectral_pointer_readers=8), (0, 30)), ("content", dict(train_seq_len=1024), (0, 8)),
+])
+def test_lists_are_as_wide_as_their_source_makes_them(source, changes, slots):
+    config = scope.Config(spectral_use_pointer_mask=True, spectral_bias=source in ("offset", "mixed"),
+                          spectral_pointer_source=source, **changes)
+    assert step.list_slots(config, 0) == slots
+    if "spectral_pointer_readers" in changes:
+        assert step.list_slots(config, 1) == (0, 23)  # its window is half as wide
+
+
+def test_a_step_tells_what_its_floors_count():
+    config = searching_config()
+    trainer = step.make_trainer(config, torch.device("cpu"), 1.0)
+    (tokens, targets), *_ = step.random_sequences(config, torch.device("cpu"))
+    tokens.clamp_(max=255)[200] = config.doc_delimiter
+    trainer.accumulate([(tokens, targets)])
+    blocks = step.measured_blocks(trainer)
+    assert blocks["past"] == (0 + 1 + 1 + 2) / 4  # blocks 2 and 3 are of the document that begins in block 1
+    lists = [layer.num_BHN[0].float().mean(-1) for layer in trainer.telemetry]
+    assert blocks["pointer_blocks"] == pytest.approx(statistics.fmean(num_H[0].item() for num_H in lists))
+    assert blocks["blocks"] == pytest.approx(statistics.fmean(num_H.mean().item() for num_H in lists))
+
+
 def fake_step(arm: str) -> dict:
     components = [dict(component=c, ms=5.0, flops=1e12, bytes=1e9, floor_ms=None if c in ("rest", "idle") else 2.0)
                   for c in (*step.COMPONENTS, "idle")]
-    return dict(arm=arm, step_ms=70.0, components=components, sequences=8, tokens=65_536, blocks=9.0, peak_gib=30.0,
-                rest=[("some_kernel", 1.5)])
+    return dict(arm=arm, step_ms=5.0 * len(components), components=components, sequences=8, tokens=65_536, blocks=9.0,
+                peak_gib=30.0, rest=[("some_kernel", 1.5)])
 
 
 def test_step_table_and_picture(tmp_path, monkeypatch):
     text = step.table(fake_step("C"))
     assert "attention backward" in text and "2.50" in text and "some_kernel" in text and "100.0" in text
+    assert "the floor of search leaves out the maxima over its scores" in text
     pytest.importorskip("matplotlib")
     paths = []
     for arm in "AC":
         paths.append(tmp_path / f"step_{arm}.json")
-        paths[-1].write_text(json.dumps(fake_step(arm)))
+        record = fake_step(arm)
+        record["components"] = [c for c in record["components"] if (arm, c["component"]) != ("A", "search")]  # an older one
+        paths[-1].write_text(json.dumps(record))
     monkeypatch.setattr(sys, "argv", ["plot", *map(str, paths), "--output", str(tmp_path / "steps.png")])
     plot_step.main()
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")

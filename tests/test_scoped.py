@@ -533,6 +533,8 @@ REFUSED = {  # name: (variables, texts of the line)
     "unknown flexattn, unlike any": (dict(FLEXATTN_QQQQQQ=1), ["FLEXATTN_QQQQQQ is not a variable"]),
     "unknown needle, unlike any": (dict(NEEDLE_QQQQQQ=1), ["NEEDLE_QQQQQQ is not a variable"]),
     "unknown retrieval": (dict(RETRIEVAL_SHARE=0.3), ["RETRIEVAL_SHARE is not a variable"]),
+    "near miss without an underscore": (dict(RETRIEVALMIX=0.3), ["did you mean RETRIEVAL_MIX?"]),
+    "passages without a mix": (dict(RETRIEVAL_PASSAGES=0.3), ["RETRIEVAL_PASSAGES=0.3 is a share of RETRIEVAL_MIX"]),
     "unknown needle": (dict(NEEDLE_DISTANCE="64"), ["NEEDLE_DISTANCE is not", "did you mean NEEDLE_DISTANCES?"]),
     "unknown scope": (dict(SCOPE_LOG_EVRY=5), ["SCOPE_LOG_EVRY is not", "did you mean SCOPE_LOG_EVERY?"]),
     "unknown flexattn": (dict(FLEXATTN_COMPIL=1), ["did you mean FLEXATTN_COMPILE?"]),
