@@ -303,12 +303,12 @@ def write_atomically(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def parse_lines(text: str) -> list[dict]:
-    """The records of a .jsonl file; a line cut in half, the last one of a killed run, is left out."""
+def parse_lines(content: bytes) -> list[tuple[int, object]]:
+    """(line, record) of a .jsonl file; a line cut in half, the last one of a killed run, is left out."""
     records = []
-    for line in text.splitlines():
+    for number, line in enumerate(content.splitlines(), 1):
         with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+            records.append((number, json.loads(line.decode(errors="replace"))))
     return records
 
 
@@ -477,7 +477,7 @@ class RunDirectory:
             self.metrics_file = LineFile(self.path / "metrics.jsonl")
 
     def read_metrics(self) -> list[dict]:
-        return parse_lines((self.path / "metrics.jsonl").read_text()) if self.rank == 0 else []
+        return [record for _, record in parse_lines((self.path / "metrics.jsonl").read_bytes())] if self.rank == 0 else []
 
     def write_json(self, name: str, value: dict) -> None:
         if self.rank == 0:

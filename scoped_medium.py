@@ -118,8 +118,9 @@ def var(group: str, default, help: str, low=None, high=None, choices=None):
 _training, _model, _spectral = (partial(var, g) for g in ("training", "model", "spectral"))
 _run, _validation, _compiler, _needle = (partial(var, g) for g in ("run", "validation", "compiler", "needle"))
 RESUME_MUST_MATCH = ("training", "model", "spectral")  # groups in which a resumed run may differ in nothing but
-RESUME_MAY_DIFFER = {"train_files", "epochs", "warmup_steps",  # these: shards are compared by content, and training does not
-                     *(f"spectral_pointer_{x}" for x in ("asking", "focus", "follow", "shrink"))}  # see the others
+RESUME_MAY_DIFFER = {  # these: shards are compared by content, and training does not see what an evaluation alone does
+    "train_files", "epochs", "warmup_steps", "spectral_pointer_asking", "spectral_pointer_focus", "spectral_pointer_follow",
+    "spectral_pointer_shrink"}
 CHECKED_PREFIXES = ("SPECTRAL_", "NEEDLE_", "SCOPE_", "FLEXATTN_", "RETRIEVAL_")  # ours: unknown names are refused
 
 
@@ -1608,7 +1609,7 @@ def check_separate(trained: dict, paths: list[Path], variable: str) -> None:
     """By content: a copy of a training shard is not held out either."""
     for path in paths:
         if name := trained.get(shards.fingerprint(path)):
-            raise Stop(f"{path} is training shard {name}: {variable} must not overlap with what the model is trained on")
+            raise Stop(f"{path} is a training shard, {name}: {variable} must not overlap with what the model is trained on")
 
 
 def check_haystack(config: Config, trained: dict) -> Haystack:
@@ -1914,8 +1915,7 @@ def execute(config: Config, device: torch.device, run: RunDirectory, start: Star
     if mixer:
         run.log(mixer.policy())
         first = trainer.train_loader.peek()[: MIXED_SAMPLE * config.train_seq_len + 1]
-        each = [first[i : i + config.train_seq_len + 1] for i in range(0, len(first) - 1, config.train_seq_len)]
-        written = sum(map(mixer.achieved, each)) / len(each)
+        written = mixer.achieved(first, config.train_seq_len)
         if written < 0.9 * config.retrieval_mix:
             run.warn(f"of the first {len(first) - 1} tokens the retrieval mix finds room for {written:.1%}, not RETRIEVAL_MIX="
                      f"{config.retrieval_mix:g}: their documents are too short for it")

@@ -65,7 +65,7 @@ from model.content import ContentPointers, ContentShape, Heads, token_codes
 SCALE, B, H, D = 0.12, 1, 8, 128
 LISTS = ListShape(local_blocks=16, half_blocks=4, global_blocks=2)
 POINTERS, WINDOW = 2, 14  # offsets of a query; blocks of the sliding window
-SLOTS = LISTS.local_blocks + POINTERS * (2 * LISTS.half_blocks + 1) + LISTS.global_blocks
+SLOTS = LISTS.slots(POINTERS)
 FIRST_DOCUMENT = 1000  # tokens; the second document begins inside a block
 INPUT_SETS, CACHE_BYTES = 3, 256 * 2**20  # inputs smaller than this many bytes take turns
 LEAST_RUNS, MOST_RUNS, MOST_COVER_MS = 3, 1000, 500

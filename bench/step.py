@@ -245,8 +245,8 @@ def busy_ms(events: list[dict]) -> float:
 
 def list_slots(config, layer: int) -> tuple[int, int]:
     """Slots of a query block's list of predicted offsets in a layer with pointers, and of the list that its attention reads."""
-    blocks, (local, half, anchors) = config.train_seq_len // BLOCK, config.list_shape
-    offsets = min(local + config.spectral_pointers * (2 * half + 1) + anchors, blocks) if config.offset_pointers else 0
+    blocks, (local, _, anchors) = config.train_seq_len // BLOCK, config.list_shape
+    offsets = min(config.list_shape.slots(config.spectral_pointers), blocks) if config.offset_pointers else 0
     if not config.content_pointers:
         return offsets, offsets
     shape = config.content_shape()

@@ -259,9 +259,12 @@ class Mixer:
             f"keys, values and templates of {sum(map(len, self.kinds))} tokens; validation text is left as it is"
         )
 
-    def achieved(self, tokens) -> float:
-        """The share of a sequence's tokens that are written over; less than asked for where documents are too short."""
-        return sum(len(piece) for task in self.plan(0, tokens, 0) for piece in task.pieces) / (len(tokens) - 1)
+    def achieved(self, tokens, length) -> float:
+        """The share of the tokens of these sequences of `length`, and one token more, that step 0 writes over; less than asked
+        for where documents are too short."""
+        sequences = (tokens[start : start + length + 1] for start in range(0, len(tokens) - 1, length))
+        plans = itertools.chain.from_iterable(self.plan(0, sequence, i) for i, sequence in enumerate(sequences))
+        return sum(len(piece) for task in plans for piece in task.pieces) / (len(tokens) - 1)
 
     def mix(self, step, tokens, sequence):
         """uint16 [T + 1], a copy of `tokens` (the inputs and, one on, the targets of a sequence) with the tasks in it.

@@ -82,9 +82,10 @@ class Haystack:
             raise ValueError(f"needle: no held-out shards; set {option}")
         self.delimiter = delimiter
         self.shards = [open_shard(path) for path in self.paths]
-        for path, tokens in zip(self.paths, self.shards, strict=True):
-            check_tokens(path, tokens, vocab_size)
         self.counts_V = sum(map(count_tokens, self.shards))
+        if self.counts_V[vocab_size:].any():  # read again for the place of the first one
+            for path, tokens in zip(self.paths, self.shards, strict=True):
+                check_tokens(path, tokens, vocab_size)
         self.documents_N3 = np.concatenate([_document_texts(i, t, delimiter) for i, t in enumerate(self.shards)])
         try:
             self.anchor_ids, self.value_ids = word_pools(self.counts_V, delimiter)

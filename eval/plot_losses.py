@@ -34,16 +34,15 @@ def read_runs(directory: Path) -> dict[str, list[dict]]:
 def read_records(path: Path) -> list[dict]:
     """Those with a loss. A line that is no JSON is left out, as a killed run may end with one."""
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        for record in parse_lines(line.decode(errors="replace")):  # one, or none
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number} is no record: take it out")
-            losses = [name for name in BESIDE if name in record]
-            for name in (name for loss in losses for name in (loss, *BESIDE[loss])):
-                if not isinstance(record.get(name), int | float):
-                    raise ValueError(f"{path}, line {number}: {name} is not a number: take the line out")
-            if losses:
-                records.append(record)
+    for number, record in parse_lines(path.read_bytes()):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} is no record: take it out")
+        losses = [name for name in BESIDE if name in record]
+        for name in (name for loss in losses for name in (loss, *BESIDE[loss])):
+            if not isinstance(record.get(name), int | float):
+                raise ValueError(f"{path}, line {number}: {name} is not a number: take the line out")
+        if losses:
+            records.append(record)
     return records
 
 

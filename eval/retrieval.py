@@ -14,7 +14,6 @@ sees.
 """
 
 import argparse
-import contextlib
 import csv
 import hashlib
 import io
@@ -47,6 +46,7 @@ from lifecycle import (
     all_ranks,
     exit_at_once,
     lock_directory,
+    parse_lines,
     read_checkpoint,
     set_up_device,
     world,
@@ -669,14 +669,6 @@ def check_directory(directory: Path, own: dict) -> float:
     return old.get("wall_seconds", 0.0)
 
 
-def check_held_out(state: dict, text: list) -> None:
-    """Stop if a shard of the text is one that the checkpoint was trained on."""
-    trained = {tuple(entry[1:]) for entry in state.get("data") or ()}
-    for name, *content in text:
-        if tuple(content) in trained:
-            raise Stop(f"--text: {name} is a training shard of this checkpoint: give held-out text")
-
-
 def check_samples(library: Library) -> list[Cell]:
     """The cells, after all of them were found to fit and the first sample of each was made."""
     cells = library.cells()
@@ -694,14 +686,11 @@ def end_last_line(path: Path) -> None:
 
 
 def read_samples(path: Path) -> list[dict]:
-    """The lines of samples.jsonl but those that a kill cut."""
-    records = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else (), 1):
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-            if not is_sample(records[-1]):
-                raise Stop(f"{path}, line {number} is no sample: take the line out, and what is missing is scored again")
-    return records
+    lines = parse_lines(path.read_bytes()) if path.exists() else []
+    for number, record in lines:
+        if not is_sample(record):
+            raise Stop(f"{path}, line {number} is no sample: take the line out, and what is missing is scored again")
+    return [record for _, record in lines]
 
 
 def is_sample(record) -> bool:
@@ -730,7 +719,7 @@ def evaluate(checkpoint: str, text: str, out: Path, settings: Settings) -> None:
     config = model_config(state, longest)
     library = Library(shards.find_shards(text), config.doc_delimiter, config.vocab_size, settings)
     own = identity(state, checkpoint, config, library)
-    check_held_out(state, own["text"])
+    scope.check_separate(scope.trained_shards(None, state), library.haystack.paths, "--text")
     cells = check_samples(library)
     seconds_before = check_directory(out, own)
 

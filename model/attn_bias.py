@@ -335,6 +335,9 @@ class ListShape(NamedTuple):
     half_blocks: int
     global_blocks: int
 
+    def slots(self, pointers: int) -> int:
+        return self.local_blocks + pointers * (2 * self.half_blocks + 1) + self.global_blocks
+
 
 @torch.library.custom_op("scope::block_lists", mutates_args=())
 def block_lists(delta_BHNM: Tensor, start_block_N: Tensor, local: Tensor, radius: Tensor, globals_: Tensor,
@@ -371,7 +374,7 @@ def block_lists(delta_BHNM: Tensor, start_block_N: Tensor, local: Tensor, radius
 @block_lists.register_fake
 def _(delta_BHNM, start_block_N, local, radius, globals_, local_slots, half_slots, global_slots):
     B, H, N, M = delta_BHNM.shape
-    width = min(local_slots + M * (2 * half_slots + 1) + global_slots, N)
+    width = min(ListShape(local_slots, half_slots, global_slots).slots(M), N)
     return (start_block_N.new_empty(B, H, N, dtype=torch.int32), start_block_N.new_empty(B, H, N, width, dtype=torch.int32))
 
 
