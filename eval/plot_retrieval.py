@@ -2,6 +2,7 @@
 
     python eval/plot_retrieval.py logs/run/retrieval                        # writes its pictures into that directory
     python eval/plot_retrieval.py logs/*/retrieval --output logs/compare    # one line a model, named by its directory
+    python eval/plot_retrieval.py logs/*/retrieval --seeds                  # logs/m_0, logs/m_1: one line, m
     python eval/plot_retrieval.py logs/run/by_step/*                        # one run's checkpoints: the trend too
 
 Each as PNG and SVG: depth (exact match by length and depth, colours from 0 to 1, a panel a model), distance (exact match and
@@ -9,13 +10,15 @@ nats against distance, a column a length), tasks (exact match by length), gain (
 against the tokens trained on, where directories beside each other were trained on different numbers of them: a line for those
 of one parent, a band from their worst cell to their best). Else bands and bars are 95 % intervals (gain: Student's t over the
 texts, and no bar where there is but one), and a dashed vertical line is the training length. What no directory holds is left
-out.
+out. With --seeds a line is the mean of a model's seeds, bands and bars reach from the least of them to the most, and n is of
+all their samples.
 """
 
 import argparse
 import csv
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -313,8 +316,8 @@ def draw_gain(plt, models: dict):
             dashed = dict(linestyle="--", markerfacecolor="white")
             for part, kind, looks in ((own, "", {}), (control, ", far context of another book", dashed)):
                 if part:
-                    panel.errorbar([r["low"] for r in part], [r["context_gain"] for r in part], yerr=list(map(gain_bar, part)),
-                                   capsize=2, label=name + kind, **style(number) | looks)
+                    panel.errorbar([r["low"] for r in part], [r["context_gain"] for r in part], label=name + kind, capsize=2,
+                                   yerr=list(zip(*map(gain_bar, part), strict=True)), **style(number) | looks)
             contexts |= {r["low"] for r in rows}
             notes |= {(int(r["n"]), int(r["texts"])) for r in rows}
         mark_training(panel, models, max(contexts))
@@ -330,9 +333,12 @@ def draw_gain(plt, models: dict):
     return figure
 
 
-def gain_bar(row: dict) -> float:
-    """Half of the 95 % interval of a row's context gain; NaN, which draws no bar, where there is one text."""
-    return t_quantile(int(row["texts"]) - 1) * row["context_gain_se"] if row["texts"] >= 2 else math.nan
+def gain_bar(row: dict) -> tuple[float, float]:
+    """What a row's bar reaches below and above its context gain; NaN, which draws no bar, where there is one text."""
+    if "context_gain_low" in row:
+        return row["context_gain"] - row["context_gain_low"], row["context_gain_high"] - row["context_gain"]
+    half = t_quantile(int(row["texts"]) - 1) * row["context_gain_se"] if row["texts"] >= 2 else math.nan
+    return half, half
 
 
 def draw_trend(plt, models: dict):
@@ -383,11 +389,45 @@ def names(directories: list[Path]) -> list[str]:
     return ["/".join(p) for p in parts]
 
 
-def draw(directories: list[Path], output: Path) -> list[Path]:
-    """Write all pictures into the directory `output`; returns the PNGs."""
+def without_seed(path: str) -> str:
+    """m_0/by_step/1000 is m/by_step/1000: a number behind an underscore, at the end of a part, is a seed."""
+    return re.sub(r"_\d+(?=/|$)", "", path)
+
+
+def pool_seeds(models: dict) -> dict:
+    """One model for all whose names differ in the seed alone: a row a cell, the mean, least and most of its seeds."""
+    cells = {}  # model -> cell -> its row in each seed
+    for name, rows in models.items():
+        for row in rows:
+            cell = tuple(row[key] for key in ("task", "variant", "length", "low", "high"))
+            cells.setdefault(without_seed(name), {}).setdefault(cell, []).append(row)
+    pooled = {}
+    for name, by_cell in cells.items():
+        for key in ("train_length", "tokens_seen"):
+            if len(values := {row.get(key) for rows in by_cell.values() for row in rows} - {None}) > 1:
+                values = ", ".join(sorted(map(str, values)))
+                raise ValueError(f"the seeds of {name} differ in {key} ({values}): draw them without --seeds")
+        number = max(map(len, by_cell.values()))
+        pooled[f"{name}, {number} seed{'s' * (number > 1)}"] = [pool(rows) for rows in by_cell.values()]
+    return pooled
+
+
+def pool(rows: list[dict]) -> dict:
+    """Of one cell."""
+    row = rows[0] | dict(series=Path(without_seed(str(rows[0]["series"]))), n=sum(row["n"] for row in rows))
+    for key in ("exact_match", "nats", "context_gain"):
+        if all(row[key] is not None for row in rows):
+            values = [row[key] for row in rows]
+            row |= {key: sum(values) / len(values), f"{key}_low": min(values), f"{key}_high": max(values)}
+    return row
+
+
+def draw(directories: list[Path], output: Path, seeds: bool = False) -> list[Path]:
+    """Write all pictures into the directory `output`, `seeds` of a model as one; returns the PNGs."""
     if len({directory.resolve() for directory in directories}) < len(directories):
         raise ValueError("a directory is named twice")
     models = dict(zip(names(directories), map(read_summary, directories), strict=True))
+    models = pool_seeds(models) if seeds else models
     try:
         import matplotlib
     except ImportError:
@@ -426,9 +466,11 @@ def main() -> None:
     parser.error = lambda message: sys.exit(f"error: {message}")
     parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="with a summary.csv")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: the first directory)")
+    parser.add_argument("--seeds", action="store_true", help="directories that differ in a number behind an underscore (m_0, "
+                        "m_1) are seeds of one model, and are drawn as their mean, least and most")
     args = parser.parse_args()
     try:
-        written = draw(args.directories, args.output or args.directories[0])
+        written = draw(args.directories, args.output or args.directories[0], args.seeds)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print("\n".join(f"{path} and .svg" for path in written))

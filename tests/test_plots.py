@@ -196,6 +196,44 @@ def test_every_panel_of_the_tasks_tells_its_lengths(tmp_path, plt):
     assert shown == [["512", "2k"]] * 4 + [["512", "1k", "4k"]]
 
 
+def test_seeds_of_a_model_are_one_line_from_their_least_to_their_most(tmp_path, plt):
+    """A cell that only one of them has is that one's; a model without a number stays as it is, but for its bars."""
+    rows = {f"m_{seed}/retrieval": [needle_row(exact_match=share, nats=share), gain_row(1024, 0.0, 0.0, 2),
+                                    gain_row(4096, share / 10, 0.01, 2)] for seed, share in enumerate((0.2, 0.9, 0.4))}
+    rows["m_2/retrieval"].append(needle_row(length=4096, exact_match=0.7))
+    rows["other"] = [needle_row(exact_match=0.6)]
+    for name, summary in rows.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_summary(tmp_path / name, summary)
+    read = {name: plot_retrieval.read_summary(tmp_path / name) for name in rows}
+    models = plot_retrieval.pool_seeds(read)
+    assert list(models) == ["m/retrieval, 3 seeds", "other, 1 seed"]
+    pooled, gain_base, gain, single = models["m/retrieval, 3 seeds"]
+    assert (pooled["exact_match"], pooled["exact_match_low"], pooled["exact_match_high"]) == (pytest.approx(0.5), 0.2, 0.9)
+    assert (pooled["nats"], pooled["n"]) == (pytest.approx(0.5), 24)
+    assert (single["exact_match"], single["exact_match_low"], single["n"], single["length"]) == (0.7, 0.7, 8, 4096)
+    assert plot_retrieval.gain_bar(gain) == (pytest.approx(0.03), pytest.approx(0.04))
+    assert plot_retrieval.gain_bar(gain_base) == (0, 0)
+    assert [row["exact_match"] for row in read["m_0/retrieval"][:1]] == [0.2], "what was read stays as it was"
+    (panel,) = plot_retrieval.draw_gain(plt, models).axes
+    assert bars(panel) == [pytest.approx([0, 0.035])]
+    written = plot_retrieval.draw([tmp_path / name for name in rows], tmp_path / "out", seeds=True)
+    assert [path.name for path in written] == ["retrieval_tasks.png", "retrieval_gain.png"]
+
+
+@pytest.mark.parametrize("name, other", [("m_0", "m_1"), ("m_0/by_step/1000", "m_12/by_step/1000"), ("m_s_0", "m_s_1")])
+def test_a_number_at_the_end_of_a_part_is_a_seed(name, other):
+    assert plot_retrieval.without_seed(name) == plot_retrieval.without_seed(other)
+    assert plot_retrieval.without_seed("m_0/step_10k") == "m/step_10k" and plot_retrieval.without_seed("m_2_a") == "m_2_a"
+
+
+def test_seeds_that_are_not_of_one_training_are_refused(tmp_path):
+    for seed in (0, 1):
+        write_summary(tmp_path / f"m_{seed}", [needle_row(tokens_seen=1000 * (seed + 1))])
+    refused = refusal("eval/plot_retrieval.py", tmp_path / "m_0", tmp_path / "m_1", "--seeds", "--output", tmp_path / "out")
+    assert "the seeds of m differ in tokens_seen (1000.0, 2000.0)" in refused and not (tmp_path / "out").exists()
+
+
 GOOD = csv_text([needle_row(), gain_row(1024, 0.0, 0.0, 2)]).encode()
 
 
