@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Steps on one GPU, one after the other: the settings of rounds 10 to 23 of RESULTS.md, section 6. From a clone:
+# Steps on one GPU, one after the other: the settings of rounds 10 to 24 of RESULTS.md, section 6. From a clone:
 #
 #     DATA=/data LOGS=/runs SECONDS_LEFT=1680 GPU=0 MIX=0.08 PASSAGES=0.25 HOLD=0 bash results/h200-content/queue.sh \
 #       'train copies_0 0 $COPIES; SPECTRAL_POINTER_FLOOR=3 evaluate copies_0'
