@@ -32,6 +32,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent
 WEIGHT_KEYS = {"config", "model", "step", "total_steps"}  # what an evaluation needs of a checkpoint
 CHECKPOINT_KEYS = WEIGHT_KEYS | {"optimizers", "loader", "data", "best_val_loss", "rng"}  # what a resumption needs
+LONGEST_NAME = 255  # bytes of a file's or directory's
 POLL_SECONDS = 1.0  # between two looks of the watch at the other processes
 HEARTBEAT_SECONDS = 10.0  # between two heartbeats in status.json
 SILENT_SECONDS = 20.0  # a process whose watch has not been heard of for so long is dead or stopped
@@ -375,9 +376,11 @@ class RunDirectory:
             path = next(p for p in (root / f"{name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
                         if make_directory(p))  # two unnamed runs may start in the same second
         lock = lock_directory(path, "set another RUN_NAME")
-        if self.config.resume == "0" and (path / "config.json").exists():
+        try:
+            check_new(path, self.config.resume)
+        except Stop:
             os.close(lock)
-            raise Stop(f"{path} already holds a run: set RESUME=auto to continue it, or another RUN_NAME")
+            raise
         self.lock = lock
         return path
 
@@ -517,6 +520,42 @@ class RunDirectory:
             if later > step:
                 path.rename(path.with_name(f"{path.name}.stale"))
                 self.log(f"{path} is later than the step resumed at: renamed to {path.name}.stale")
+
+
+def check_run_directory(config) -> None:
+    """Stop where RunDirectory would, unless another process has the directory. Makes nothing."""
+    path = Path(config.log_dir) / config.run_name
+    check_place(path, "LOG_DIR or RUN_NAME")
+    if config.run_name and not is_locked(path):
+        check_new(path, config.resume)
+
+
+def is_locked(path: Path) -> bool:
+    try:
+        lock = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others that look are not in the way
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def check_new(path: Path, resume: str) -> None:
+    if resume == "0" and (path / "config.json").exists():
+        raise Stop(f"{path} already holds a run: set RESUME=auto to continue it, or another RUN_NAME")
+
+
+def check_place(directory: Path, name: str) -> None:
+    """Stop, with the name of what to change, unless the directory can be written, or made. Makes nothing."""
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in directory.parts):
+        raise Stop(f"{name}: {directory} has a part of more than {LONGEST_NAME} bytes: choose another")
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise Stop(f"{name}: {directory} cannot be written, as {existing} is no directory that can: choose another")
 
 
 def lock_directory(path: Path, remedy: str) -> int:

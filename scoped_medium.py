@@ -57,6 +57,7 @@ from lifecycle import (
     Stop,
     all_ranks,
     all_reduce,
+    check_run_directory,
     collective,
     exit_at_once,
     free_space,
@@ -141,10 +142,10 @@ class Config:
 
     vocab_size: int = _model(50257, "tokens in the vocabulary; the head is padded to a multiple of 128", low=2, high=65536)
     doc_delimiter: int = _model(50256, "token that opens every document; attention does not cross it", low=0)
-    num_layers: int = _model(16, "transformer blocks", low=2)
-    num_heads: int = _model(8, "attention heads", low=1)
-    head_dim: int = _model(128, "dimensions of a head, a multiple of 4", low=16)
-    model_dim: int = _model(1024, "width of the residual stream", low=16)
+    num_layers: int = _model(16, "transformer blocks", low=2, high=1024)
+    num_heads: int = _model(8, "attention heads", low=1, high=1024)
+    head_dim: int = _model(128, "dimensions of a head, a multiple of 4", low=16, high=1024)
+    model_dim: int = _model(1024, "width of the residual stream", low=16, high=65536)
 
     spectral_bias: bool = _spectral(False, "spectral bias on attention logits (0, and no pointer mask: arm A)")
     spectral_use_pointer_mask: bool = _spectral(False, "pointer lists in the spectral layers (arm C) instead of the "
@@ -176,8 +177,9 @@ class Config:
     spectral_reg_entropy: float = _spectral(1e-2, "weight of the entropy deficit of pi", low=0)
     spectral_reg_edge: float = _spectral(1e-2, "weight of offsets at the edges of their range", low=0)
     spectral_entropy_floor: float = _spectral(0.3, "entropy of pi below which the regulariser acts, nats", low=0)
-    spectral_pointer_local_blocks: int = _spectral(16, "local band of the pointer lists, blocks of 128 tokens", low=1)
-    spectral_pointer_half_blocks: int = _spectral(4, "blocks on each side of a pointer", low=0)
+    spectral_pointer_local_blocks: int = _spectral(16, "local band of the pointer lists, blocks of 128 tokens", low=1,
+                                                   high=65536)
+    spectral_pointer_half_blocks: int = _spectral(4, "blocks on each side of a pointer", low=0, high=65536)
     spectral_pointer_global_blocks: int = _spectral(1, "blocks at the start of the document that every query reads", low=0,
                                                     high=2)
     spectral_pointer_global_blocks_warmup: int = _spectral(2, "the same during the first warm-up steps", low=0, high=2)
@@ -193,7 +195,8 @@ class Config:
                                                  "them; 0: those that search", low=0)
     spectral_pointer_far_blocks: int = _spectral(16, "content: far blocks that a query block reads at most", low=1, high=32)
     spectral_pointer_near_blocks: int = _spectral(4, "content: local band of the heads that search, blocks; few, or they learn "
-                                                     "to search no further (mixed: SPECTRAL_POINTER_LOCAL_BLOCKS)", low=1)
+                                                     "to search no further (mixed: SPECTRAL_POINTER_LOCAL_BLOCKS)", low=1,
+                                                     high=65536)
     spectral_length_scale: bool = _spectral(False, "dense: logits grow with the logarithm of the past, against its growing "
                                                    "noise (scale-invariant attention)")
     spectral_pointer_floor: float = _spectral(2.0, "content: log-odds of a block, over those of an average one of the "
@@ -1229,11 +1232,12 @@ class MixedAhead:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def differing_settings(old: dict, new: Config, groups: tuple[str, ...]) -> list[str]:
-    """What an older checkpoint does not know is taken to have been what the default is now."""
+def differing_settings(old: dict, new: Config, groups: tuple[str, ...], free: bool = False) -> list[str]:
+    """Of RESUME_MAY_DIFFER if `free`, of the others else. What an older checkpoint does not know is taken to have been what the
+    default is now."""
     pairs = [(f, old.get(f.name, f.default), getattr(new, f.name)) for f in dataclasses.fields(Config)]
     return [f"{f.name.upper()} was {was}, is {now}" for f, was, now in pairs
-            if f.metadata["group"] in groups and f.name not in RESUME_MAY_DIFFER and was != now]
+            if f.metadata["group"] in groups and (f.name in RESUME_MAY_DIFFER) == free and was != now]
 
 
 def differing_shards(old: list, new: list) -> str | None:
@@ -1325,6 +1329,7 @@ class Trainer:
         except ValueError as error:  # shards that were sound when the run was checked
             raise Stop(str(error)) from None
         self.data = self.train_loader.fingerprint() if self.train_loader else None
+        self.trained = trained_shards(self.train_loader, None)
         self.step, self.total_steps = 0, config.num_iterations
         self.best_val_loss = math.inf
         self.saved_step = None  # of the newest checkpoint
@@ -1526,7 +1531,7 @@ class Trainer:
         return dict(config=config, step=self.step, total_steps=self.total_steps, model=self.model.state_dict(),
                     optimizers=[opt.state_dict() for opt in self.optimizers],
                     loader=dict(self.train_loader.position) if self.train_loader else None, data=self.data,
-                    best_val_loss=self.best_val_loss,
+                    trained=self.trained, best_val_loss=self.best_val_loss,
                     rng=dict(python=random.getstate(), torch=torch.get_rng_state(),
                              cuda=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []))
 
@@ -1563,6 +1568,8 @@ class Trainer:
         self.run.set_aside_after(self.step)
         self.run.drop_metrics_after(self.step)
         self.run.log(f"resumed from {path} at step {self.step}")
+        if changed := differing_settings(state["config"], self.config, ("spectral",), free=True):
+            self.run.warn(f"validated otherwise than before: {'; '.join(changed)}")
 
 
 def compiled_graphs() -> int:
@@ -1599,10 +1606,12 @@ def check_validation_data(config: Config, every_token: bool) -> TokenLoader:
     return loader
 
 
-def trained_shards(training: TokenLoader | None, loaded: dict | None) -> dict:
-    """Hash of the content to name: of the training shards, and of those that a checkpoint was trained on."""
-    return {digest: name for name, _, digest in (loaded or {}).get("data") or ()} | (
-        {digest: path for path, (*_, digest) in zip(training.paths, training.fingerprint(), strict=True)} if training else {})
+def trained_shards(training: TokenLoader | None, state: dict | None) -> dict[str, str]:
+    """Hash of the content to name: of the training shards, and of all that a checkpoint and those before it were trained on."""
+    state = state or {}
+    earlier = state.get("trained") or {digest: name for name, _, digest in state.get("data") or ()}  # older ones have no list
+    own = zip(training.paths, training.fingerprint(), strict=True) if training else ()
+    return earlier | {digest: str(path) for path, (*_, digest) in own}
 
 
 def check_separate(trained: dict, paths: list[Path], variable: str) -> None:
@@ -1876,7 +1885,9 @@ def run_experiment(check_only: bool) -> None:
         training = check(check_training_data, config, check_only, reads="BATCH_TOKENS VOCAB_SIZE NUM_ITERATIONS EPOCHS")
     if config.val_tokens:
         validation = check(check_validation_data, config, check_only, reads="VAL_TOKENS VOCAB_SIZE")
-    trained = check(trained_shards, training, loaded) or {}
+    finished = None if unread else check(finished_run, config)
+    start = None if finished else check(find_start, config, loaded)
+    trained = check(trained_shards, training, start.state if start else loaded) or {}
     if validation:
         check(check_separate, trained, validation.paths, "VAL_FILES")
     if training:
@@ -1885,8 +1896,8 @@ def run_experiment(check_only: bool) -> None:
         haystack = check(check_haystack, config, trained, reads="NEEDLE_SEQ_LEN NEEDLE_DISTANCES NEEDLE_SAMPLES_PER_DISTANCE "
                                                                 "NEEDLE_ANCHOR_LEN NEEDLE_VALUE_LEN DOC_DELIMITER SEED "
                                                                 "VOCAB_SIZE")
-    finished = None if unread else check(finished_run, config)
-    start = None if finished else check(find_start, config, loaded)
+    if not finished:
+        check(check_run_directory, config)
     possible = not (unread or config.impossible_combinations())
     parameters = check(check_start, config, start, training) if possible else None
     if problems:
@@ -1902,14 +1913,15 @@ def run_experiment(check_only: bool) -> None:
     else:
         device = set_up_device(config.rank_timeout)  # nothing was created so far, all that can be refused has been
         with RunDirectory(config) as run:
-            execute(config, device, run, start, haystack, mixer)
+            execute(config, device, run, start, haystack, mixer, trained)
 
 
 def execute(config: Config, device: torch.device, run: RunDirectory, start: Start | None, haystack: Haystack | None,
-            mixer: Mixer | None) -> None:
+            mixer: Mixer | None, trained: dict[str, str]) -> None:
     """Build, load or resume, train, evaluate, summarise."""
     log_environment(run, config, device)
     trainer = Trainer(config, device, run)
+    trainer.trained = trained
     if trainer.train_loader:
         run.log(trainer.train_loader.policy(config.num_iterations))
     if mixer:

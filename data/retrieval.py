@@ -141,6 +141,11 @@ class Template:
     def links(self):
         return len(self.linking) > 0
 
+    @property
+    def linked_words(self):
+        """The words of a link."""
+        return np.concatenate([self.before, self.linking, self.after])
+
     def statement(self, key, value, link=False):
         """The tokens that say that `key` has this value; the value of a link is another key."""
         return np.concatenate([self.question(key, link), value, self.after])
@@ -478,8 +483,10 @@ class _Draft:
         shapes = LINK_SHAPES if kind.links else TRAINED_SHAPES
         shape = shapes[self.below(len(shapes))]
         words = self.words(self.template_ids, sum(shape), (KEY_CLASS, VALUE_CLASS))
-        linking = _draw_linking(lambda n: self.draw(self.template_ids, n), words, shape) if kind.links else words[:0]
-        return cut_template(words, shape, linking)
+        template = cut_template(words, shape, words[:0])
+        while kind.links and not (template.links and self.apart(template.linked_words, (KEY_CLASS, VALUE_CLASS))):
+            template = cut_template(words, shape, _draw_linking(lambda n: self.draw(self.template_ids, n), words, shape))
+        return template
 
     def pieces(self, kind, template, document):
         """(keys, values, answer, pieces) of a task that has no place yet; no keys when they cannot be told from others."""

@@ -16,6 +16,7 @@ all their samples.
 
 import argparse
 import csv
+import json
 import math
 import os
 import re
@@ -32,6 +33,7 @@ ALWAYS_FILLED = ("task", "variant", "length", "low", "high", "n", "train_length"
 EXACT_MATCH = ("exact_match", "exact_match_low", "exact_match_high", "nats", "chance")
 FILLED = dict.fromkeys(("single", "depth", *OTHER_TASKS), EXACT_MATCH) | {"gain": ("texts", "context_gain")}  # by task
 COLUMNS = (*ALWAYS_FILLED, *EXACT_MATCH, *FILLED["gain"], "context_gain_se")  # that a file must have
+COMMON = ("text", "seed", "key_length", "value_length", "base_context", "arm", "retrieval_mix", "overrides")  # to all seeds
 LEAST = dict(length=1, n=1, texts=1, train_length=1, context_gain=-math.inf, retrieval_gain=-math.inf)  # of other numbers: 0
 
 
@@ -307,7 +309,7 @@ def draw_gain(plt, models: dict):
         return None
     figure, axes = plt.subplots(1, len(sets), figsize=(max(4.6 * len(sets), 6), 4.4), layout="constrained", squeeze=False)
     for panel, longest in zip(axes[0], sets, strict=True):
-        contexts, notes = set(), set()
+        contexts, notes, bare = set(), set(), False
         for number, (name, rows) in enumerate(models.items()):
             rows = sorted((r for r in of_task(rows, "gain") if r["length"] == longest), key=lambda r: r["low"])
             own, other = ([r for r in rows if r["variant"].startswith(which)] for which in ("own", "other"))
@@ -320,12 +322,13 @@ def draw_gain(plt, models: dict):
                                    yerr=list(zip(*map(gain_bar, part), strict=True)), **style(number) | looks)
             contexts |= {r["low"] for r in rows}
             notes |= {(int(r["n"]), int(r["texts"])) for r in rows}
+            bare |= any(r["texts"] == 1 and "seeds" not in r for r in rows)
         mark_training(panel, models, max(contexts))
         panel.axhline(0, color=GREY, linewidth=0.8)
         log_axis(panel, list(contexts))
         n, texts = (stretch([note[i] for note in notes]) for i in (0, 1))
         title = f"n = {n} targets of {texts} text{'' if texts == '1' else 's'}"
-        if 1 in (note[1] for note in notes):
+        if bare:
             title += "\nno bar where all are of one text: it has no interval"
         finish(panel, title=title, xlabel="context before the targets, tokens",
                ylabel="loss with base context - loss, nats per token")
@@ -335,7 +338,7 @@ def draw_gain(plt, models: dict):
 
 def gain_bar(row: dict) -> tuple[float, float]:
     """What a row's bar reaches below and above its context gain; NaN, which draws no bar, where there is one text."""
-    if "context_gain_low" in row:
+    if "seeds" in row:
         return row["context_gain"] - row["context_gain_low"], row["context_gain_high"] - row["context_gain"]
     half = t_quantile(int(row["texts"]) - 1) * row["context_gain_se"] if row["texts"] >= 2 else math.nan
     return half, half
@@ -346,7 +349,9 @@ def draw_trend(plt, models: dict):
     cells = {}  # (task, length) -> series -> tokens trained on -> exact matches
     for row in (row for rows in models.values() for row in rows if row["task"] in ("single", *OTHER_TASKS)):
         series = cells.setdefault((row["task"], row["length"]), {}).setdefault(row["series"], {})
-        series.setdefault(row.get("tokens_seen"), []).append(row["exact_match"])  # None: a file from before it was kept
+        ends = ("exact_match_low", "exact_match_high") if "seeds" in row else ("exact_match", "exact_match")
+        point = (row["exact_match"], *(row[end] for end in ends))
+        series.setdefault(row.get("tokens_seen"), []).append(point)  # None: a file from before it was kept
     trends = {}
     for panel, by_series in cells.items():
         lines = {parent: points for parent, points in by_series.items() if len(points) > 1 and None not in points}
@@ -360,9 +365,9 @@ def draw_trend(plt, models: dict):
         for parent, points in lines.items():
             number = parents.index(parent)
             x, looks = sorted(points), style(number)
-            panel.plot(x, [sum(points[t]) / len(points[t]) for t in x], label=labels[number], **looks)
-            panel.fill_between(x, [min(points[t]) for t in x], [max(points[t]) for t in x], alpha=0.2, linewidth=0,
-                               color=looks["color"])
+            mean, low, high = zip(*(zip(*points[t], strict=True) for t in x), strict=True)
+            panel.plot(x, [sum(cells) / len(cells) for cells in mean], label=labels[number], **looks)
+            panel.fill_between(x, list(map(min, low)), list(map(max, high)), alpha=0.2, linewidth=0, color=looks["color"])
         panel.set_xscale("log")
         x = sorted({t for points in lines.values() for t in points})
         panel.set_xticks(x, [f"{t / 1e9:.3g}B" if t >= 1e9 else f"{t / 1e6:.3g}M" for t in x], fontsize=8, rotation=45)
@@ -389,32 +394,71 @@ def names(directories: list[Path]) -> list[str]:
     return ["/".join(p) for p in parts]
 
 
-def without_seed(path: str) -> str:
-    """m_0/by_step/1000 is m/by_step/1000: a number behind an underscore, at the end of a part, is a seed."""
-    return re.sub(r"_\d+(?=/|$)", "", path)
+def split_seed(path: str) -> tuple[str, str | None]:
+    """m_0/by_step/1000 is m/by_step/1000 and 0: a number behind an underscore, at the end of the first part that has one."""
+    match = re.search(r"_(\d+)(?=/|$)", path)
+    return (path[: match.start()] + path[match.end() :], match[1]) if match else (path, None)
 
 
-def pool_seeds(models: dict) -> dict:
-    """One model for all whose names differ in the seed alone: a row a cell, the mean, least and most of its seeds."""
-    cells = {}  # model -> cell -> its row in each seed
-    for name, rows in models.items():
-        for row in rows:
-            cell = tuple(row[key] for key in ("task", "variant", "length", "low", "high"))
-            cells.setdefault(without_seed(name), {}).setdefault(cell, []).append(row)
+def pool_seeds(models: dict, runs: dict) -> dict:
+    """One model for all whose names differ in the seed alone: a row a cell, the mean, least and most of its seeds.
+
+    ValueError where they differ in more than the seed, or one has cells or checkpoints that another has not: a mean over
+    others at every point would rise and fall with who is there.
+    """
+    seeds, series = {}, {}  # model -> seed -> name; the parent of a run's checkpoints -> the seeds of each
+    for name in models:
+        model, seed = split_seed(name)
+        seeds.setdefault(model, {})[seed] = name
+        if split_seed(str(Path(name).parent))[1]:
+            series.setdefault(Path(model).parent, {}).setdefault(model, set()).add(seed)
+    for parent, checkpoints in series.items():
+        if len(set(map(frozenset, checkpoints.values()))) > 1:
+            raise ValueError(f"not all seeds of {parent} have the same checkpoints: draw them without --seeds")
     pooled = {}
-    for name, by_cell in cells.items():
-        for key in ("train_length", "tokens_seen"):
-            if len(values := {row.get(key) for rows in by_cell.values() for row in rows} - {None}) > 1:
-                values = ", ".join(sorted(map(str, values)))
-                raise ValueError(f"the seeds of {name} differ in {key} ({values}): draw them without --seeds")
-        number = max(map(len, by_cell.values()))
-        pooled[f"{name}, {number} seed{'s' * (number > 1)}"] = [pool(rows) for rows in by_cell.values()]
+    for model, by_seed in seeds.items():
+        if None in by_seed and len(by_seed) > 1:
+            raise ValueError(f"{model} has no seed in its name, others of that name have: name it otherwise")
+        check_alike(model, {name: models[name] for name in by_seed.values()}, runs)
+        cells = {}  # cell -> its rows
+        for name in by_seed.values():
+            for row in models[name]:
+                cells.setdefault(cell_of(row), []).append(row)
+        parent = dict(series=Path(model).parent) if Path(model).parent in series else {}
+        pooled[f"{model}, {len(by_seed)} seed{'s' * (len(by_seed) > 1)}"] = [pool(rows) | parent for rows in cells.values()]
     return pooled
+
+
+def cell_of(row: dict) -> tuple:
+    return tuple(row[key] for key in ("task", "variant", "length", "low", "high"))
+
+
+def check_alike(model: str, seeds: dict, runs: dict) -> None:
+    """ValueError unless the seeds of a model differ in their seed alone: rows by name, and what their run.json say of them."""
+    name, *others = seeds
+    for other in others:
+        differing = [key for key in ("train_length", "tokens_seen") if seeds[name][0].get(key) != seeds[other][0].get(key)]
+        if runs[name] and runs[other]:
+            differing += [key for key in COMMON if runs[name].get(key) != runs[other].get(key)]
+        if set(map(cell_of, seeds[name])) != set(map(cell_of, seeds[other])):
+            differing += ["cells"]
+        if differing:
+            raise ValueError(f"{name} and {other} are no seeds of one {model}, as they differ in {', '.join(differing)}: draw "
+                             "them without --seeds")
+
+
+def read_run(directory: Path) -> dict:
+    """Of the run.json beside a summary.csv; nothing where there is none, or none that can be read."""
+    try:
+        run = json.loads((directory / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return run if isinstance(run, dict) else {}
 
 
 def pool(rows: list[dict]) -> dict:
     """Of one cell."""
-    row = rows[0] | dict(series=Path(without_seed(str(rows[0]["series"]))), n=sum(row["n"] for row in rows))
+    row = rows[0] | dict(n=sum(row["n"] for row in rows), seeds=len(rows))
     for key in ("exact_match", "nats", "context_gain"):
         if all(row[key] is not None for row in rows):
             values = [row[key] for row in rows]
@@ -427,7 +471,8 @@ def draw(directories: list[Path], output: Path, seeds: bool = False) -> list[Pat
     if len({directory.resolve() for directory in directories}) < len(directories):
         raise ValueError("a directory is named twice")
     models = dict(zip(names(directories), map(read_summary, directories), strict=True))
-    models = pool_seeds(models) if seeds else models
+    if seeds:
+        models = pool_seeds(models, dict(zip(names(directories), map(read_run, directories), strict=True)))
     try:
         import matplotlib
     except ImportError:

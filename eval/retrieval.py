@@ -44,6 +44,7 @@ from lifecycle import (
     LineFile,
     Stop,
     all_ranks,
+    check_place,
     exit_at_once,
     lock_directory,
     parse_lines,
@@ -54,7 +55,8 @@ from lifecycle import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = [ROOT / "data" / "retrieval.py", ROOT / "eval" / "needle.py", ROOT / "eval" / "retrieval.py"]  # what samples come from
+CODE = [ROOT / "scoped_medium.py", *sorted((ROOT / "model").glob("*.py")), ROOT / "data" / "shards.py",  # what makes and scores
+        ROOT / "data" / "retrieval.py", ROOT / "eval" / "needle.py", ROOT / "eval" / "retrieval.py"]  # samples
 TASKS = ("single", "depth", "multikey", "multivalue", "tracking", "mqar", "dense", "gain")
 SHORTEST_DISTANCE, DISTANCE_FACTOR = 128, 4  # lowest edge of the distance bins and ratio of one edge to the next, tokens
 DISTRACTORS = (3, 15)
@@ -99,6 +101,8 @@ class Settings:
         for name, length in [("lengths", n) for n in self.lengths] + [("contexts", n) for n in self.contexts]:
             if length % scope.BLOCK or length <= SHORTEST_DISTANCE:
                 found.append(f"--{name}: {length} is not a multiple of {scope.BLOCK} above {SHORTEST_DISTANCE}")
+        if self.depth_bins > 1000:
+            found.append(f"--depth-bins must be at most 1000, got {self.depth_bins}")
         if self.targets % scope.BLOCK:
             found.append(f"--targets: {self.targets} is not a multiple of {scope.BLOCK}")
         for name in ("tasks", "lengths", "contexts"):
@@ -650,9 +654,7 @@ def check_directory(directory: Path, own: dict) -> float:
     """Stop if the directory cannot be written or holds something else; the seconds already spent on this evaluation."""
     if (directory / "config.json").exists():
         raise Stop(f"--out: {directory} is the directory of a training run: choose another, {directory / 'retrieval'} say")
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise Stop(f"--out: {directory} cannot be written, as {existing} is no directory that can: choose another")
+    check_place(directory, "--out")
     try:
         old = json.loads((directory / "run.json").read_text())
     except FileNotFoundError:
@@ -794,13 +796,19 @@ def numbers(text: str) -> tuple:
     return tuple(int(part) for part in text.split(","))
 
 
+def directory(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
 def main(arguments=None) -> None:
     default = Settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}")
     parser.add_argument("checkpoint")
     parser.add_argument("--text", required=True, metavar="GLOB", help="held-out shards")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--out", required=True, type=directory, metavar="DIR")
     parser.add_argument("--tasks", type=lambda s: tuple(s.split(",")), default=default.tasks, help="default: %(default)s")
     parser.add_argument("--lengths", type=numbers, default=default.lengths, help="tokens (%(default)s)")
     parser.add_argument("--samples", type=int, default=default.samples, help="of every cell (%(default)s)")

@@ -383,7 +383,8 @@ def test_other_shards_than_those_trained_on_are_refused(data, settings, whole, t
     assert "had 2 training shards, there are 1" in refusal(variables | dict(TRAIN_FILES=tmp_path / "other_1.bin"))
     assert snapshot(run) == before
     main(variables | dict(TRAIN_FILES=moved / "piece_*.bin"), "--check")
-    main(other | dict(RESUME_OTHER_DATA=1))
+    main(other | dict(RESUME_OTHER_DATA=1, SPECTRAL_POINTER_ASKING=32))
+    assert "validated otherwise than before: SPECTRAL_POINTER_ASKING was 16, is 32\n" in (run / "log.txt").read_text()
     ours, theirs = records(run), records(whole.one)
     same = [a == b for a, b in zip(ours, theirs, strict=True)]
     assert same.index(False) == len([r for r in theirs if r["step"] <= 8 and "train_loss" in r]) + 3  # 8 batches a shard
@@ -799,6 +800,30 @@ def test_training_data_is_no_validation_data(data, settings, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+def test_text_of_the_trainings_before_is_not_held_out_either(data, settings, tmp_path):
+    """Of weights that were loaded and of a run resumed on other data, and it is still known two trainings later."""
+    root = Path(data["TRAIN_FILES"]).parent
+    small = settings | SMALL | dict(LOG_DIR=tmp_path, NUM_ITERATIONS=2, VAL_TOKENS=0, CHECKPOINT_EVERY=1)
+    first, second = root / "train_0.bin", root / "train_1.bin"
+    main(small | dict(TRAIN_FILES=first, RUN_NAME="one"))
+    one = tmp_path / "one" / "state_step000002.pt"
+    main(small | dict(TRAIN_FILES=second, RUN_NAME="two", LOAD_CHECKPOINT=one))
+    main(small | dict(TRAIN_FILES=second, RUN_NAME="three", LOAD_CHECKPOINT=tmp_path / "two" / "state_step000002.pt"))
+    main(small | dict(TRAIN_FILES=second, RUN_NAME="resumed", RESUME=tmp_path / "one" / "state_step000001.pt",
+                      RESUME_OTHER_DATA=1))
+    for name in ("two", "three", "resumed"):
+        checkpoint = tmp_path / name / "state_step000002.pt"
+        state = lifecycle.read_checkpoint(checkpoint)
+        assert set(S.trained_shards(None, state).values()) == {str(first), str(second)}
+        evaluation = dict(NUM_ITERATIONS=0, LOAD_CHECKPOINT=checkpoint, VAL_TOKENS=256, RUN_NAME="evaluated")
+        line = refusal(small | evaluation | dict(VAL_FILES=first))
+        assert f"{first} is a training shard, {first}: VAL_FILES must not overlap" in line
+    older = {key: value for key, value in state.items() if key != "trained"}  # of a checkpoint without the list
+    assert set(S.trained_shards(None, older).values()) == {"train_1.bin"}
+    resumed = small | dict(TRAIN_FILES=second, NUM_ITERATIONS=3, RUN_NAME="on", RESUME=checkpoint, COOLDOWN_FRAC=0.6)
+    assert "VAL_FILES must not overlap" in refusal(resumed | dict(VAL_TOKENS=256, VAL_FILES=first))
+
+
 @pytest.mark.parametrize("fault,expected", [("unlink(missing_ok=True)", "train_1.bin: cannot be read (No such file"),
                                             ("write_bytes(b'')", "train_1.bin: 0 bytes, less than"),
                                             ("cut", "train_0.bin: was cut while in use")])
@@ -833,7 +858,7 @@ def test_passes_over_the_shards_are_counted_and_limited(settings, tmp_path):
         loader.next_batch()
 
 
-def test_every_problem_is_listed_at_once(settings, whole, tmp_path):
+def test_every_problem_is_listed_at_once(data, settings, whole, tmp_path):
     """Settings, shapes, data and processes in one refusal, and nothing that follows from a value that was not read."""
     broken = settings | dict(RUN_NAM="x", SEED="-1", CHECKPOINT_EVERY=3, KEEP_EVERY=4, HEAD_DIM=34, VAL_TOKENS=1000,
                              TRAIN_FILES="nowhere/*.bin", NEEDLE_EVAL=1, NEEDLE_SEQ_LEN="many", NEEDLE_FILES="gone/*.bin",
@@ -850,6 +875,12 @@ def test_every_problem_is_listed_at_once(settings, whole, tmp_path):
     for name in ("TRAIN_SEQ_LEN", "BATCH_TOKENS"):  # the default in its place would not fit the other
         line = refusal(settings | {name: "many", "VAL_FILES": "nowhere/*.bin", "LOG_DIR": tmp_path / "logs"})
         assert f"{name}=many" in line and "nowhere" in line and line.count("; ") == 2  # one of them within the second
+    for place, reason in ((dict(LOG_DIR=whole.one.parent, RUN_NAME="one"), "one already holds a run: set RESUME=auto"),
+                          (dict(LOG_DIR=Path(data["TRAIN_FILES"]).parent / "train_0.bin"), "is no directory that can: choose"),
+                          (dict(RUN_NAME="n" * 300), "has a part of more than 255 bytes: choose another")):
+        for arguments in ((), ("--check",)):
+            line = refusal(settings | place | dict(SEED="x"), *arguments)
+            assert "SEED=x" in line and reason in line
     run, again = unfinished(whole.one, tmp_path)
     for _, path in lifecycle.checkpoints(run):
         damage(path, "truncation")

@@ -196,42 +196,69 @@ def test_every_panel_of_the_tasks_tells_its_lengths(tmp_path, plt):
     assert shown == [["512", "2k"]] * 4 + [["512", "1k", "4k"]]
 
 
+def write_all(directory, summaries) -> list:
+    """The directories of {name: rows}, with a run.json where the rows are (rows, run)."""
+    for name, rows in summaries.items():
+        (directory / name).mkdir(parents=True)
+        if isinstance(rows, tuple):
+            rows, run = rows
+            (directory / name / "run.json").write_text(json.dumps(run))
+        write_summary(directory / name, rows)
+    return [directory / name for name in summaries]
+
+
 def test_seeds_of_a_model_are_one_line_from_their_least_to_their_most(tmp_path, plt):
-    """A cell that only one of them has is that one's; a model without a number stays as it is, but for its bars."""
-    rows = {f"m_{seed}/retrieval": [needle_row(exact_match=share, nats=share), gain_row(1024, 0.0, 0.0, 2),
-                                    gain_row(4096, share / 10, 0.01, 2)] for seed, share in enumerate((0.2, 0.9, 0.4))}
-    rows["m_2/retrieval"].append(needle_row(length=4096, exact_match=0.7))
-    rows["other"] = [needle_row(exact_match=0.6)]
-    for name, summary in rows.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write_summary(tmp_path / name, summary)
-    read = {name: plot_retrieval.read_summary(tmp_path / name) for name in rows}
-    models = plot_retrieval.pool_seeds(read)
-    assert list(models) == ["m/retrieval, 3 seeds", "other, 1 seed"]
-    pooled, gain_base, gain, single = models["m/retrieval, 3 seeds"]
+    rows = {f"m_{seed}/retrieval": [needle_row(exact_match=share, nats=share), gain_row(1024, 0.0, 0.0, 1),
+                                    gain_row(4096, share / 10, 0.01, 1)] for seed, share in enumerate((0.2, 0.9, 0.4))}
+    directories = write_all(tmp_path, rows | {"other/retrieval": [needle_row(exact_match=0.6)]})
+    read = dict(zip(plot_retrieval.names(directories), map(plot_retrieval.read_summary, directories), strict=True))
+    models = plot_retrieval.pool_seeds(read, {name: {} for name in read})
+    assert list(models) == ["m, 3 seeds", "other, 1 seed"]
+    pooled, gain_base, gain = models["m, 3 seeds"]
     assert (pooled["exact_match"], pooled["exact_match_low"], pooled["exact_match_high"]) == (pytest.approx(0.5), 0.2, 0.9)
     assert (pooled["nats"], pooled["n"]) == (pytest.approx(0.5), 24)
-    assert (single["exact_match"], single["exact_match_low"], single["n"], single["length"]) == (0.7, 0.7, 8, 4096)
     assert plot_retrieval.gain_bar(gain) == (pytest.approx(0.03), pytest.approx(0.04))
     assert plot_retrieval.gain_bar(gain_base) == (0, 0)
-    assert [row["exact_match"] for row in read["m_0/retrieval"][:1]] == [0.2], "what was read stays as it was"
+    assert read["m_0"][0]["exact_match"] == 0.2, "what was read stays as it was"
     (panel,) = plot_retrieval.draw_gain(plt, models).axes
-    assert bars(panel) == [pytest.approx([0, 0.035])]
-    written = plot_retrieval.draw([tmp_path / name for name in rows], tmp_path / "out", seeds=True)
+    assert bars(panel) == [pytest.approx([0, 0.035])] and "no bar" not in panel.get_title()
+    written = plot_retrieval.draw(directories, tmp_path / "out", seeds=True)
     assert [path.name for path in written] == ["retrieval_tasks.png", "retrieval_gain.png"]
 
 
-@pytest.mark.parametrize("name, other", [("m_0", "m_1"), ("m_0/by_step/1000", "m_12/by_step/1000"), ("m_s_0", "m_s_1")])
-def test_a_number_at_the_end_of_a_part_is_a_seed(name, other):
-    assert plot_retrieval.without_seed(name) == plot_retrieval.without_seed(other)
-    assert plot_retrieval.without_seed("m_0/step_10k") == "m/step_10k" and plot_retrieval.without_seed("m_2_a") == "m_2_a"
+def test_the_trend_of_seeds_reaches_from_the_worst_cell_of_all_to_the_best(tmp_path, plt):
+    steps = {f"m_{seed}/by_step/{step}": [needle_row(exact_match=share + step / 10_000, tokens_seen=step),
+                                          needle_row(variant="15 distractors", exact_match=share, tokens_seen=step)]
+             for seed, share in enumerate((0.1, 0.9)) for step in (1000, 2000)}
+    directories = write_all(tmp_path / "not_a_seed_7", steps)
+    read = dict(zip(plot_retrieval.names(directories), map(plot_retrieval.read_summary, directories), strict=True))
+    (panel,) = plot_retrieval.draw_trend(plt, plot_retrieval.pool_seeds(read, {name: {} for name in read})).axes
+    (line,), (band,) = panel.lines, panel.collections
+    assert line.get_ydata() == pytest.approx([0.55, 0.6]) and panel.get_legend_handles_labels()[1] == ["by_step"]
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (pytest.approx(0.1), pytest.approx(1.1))
 
 
-def test_seeds_that_are_not_of_one_training_are_refused(tmp_path):
-    for seed in (0, 1):
-        write_summary(tmp_path / f"m_{seed}", [needle_row(tokens_seen=1000 * (seed + 1))])
-    refused = refusal("eval/plot_retrieval.py", tmp_path / "m_0", tmp_path / "m_1", "--seeds", "--output", tmp_path / "out")
-    assert "the seeds of m differ in tokens_seen (1000.0, 2000.0)" in refused and not (tmp_path / "out").exists()
+@pytest.mark.parametrize("name, parts", [("m_0", ("m", "0")), ("m_12/by_step/1000", ("m/by_step/1000", "12")),
+                                         ("m", ("m", None)),
+                                         ("m_s_1/retrieval_2", ("m_s/retrieval_2", "1")), ("m_2_a", ("m_2_a", None)),
+                                         ("a/step_10k", ("a/step_10k", None))])
+def test_the_first_number_at_the_end_of_a_part_is_the_seed(name, parts):
+    assert plot_retrieval.split_seed(name) == parts
+
+
+@pytest.mark.parametrize("summaries, reason", [
+    ({"m_0": [needle_row(tokens_seen=1000)], "m_1": [needle_row(tokens_seen=2000)]},
+     "m_0 and m_1 are no seeds of one m, as they differ in tokens_seen"),
+    ({"m_0": [needle_row(), needle_row(length=4096)], "m_1": [needle_row()]}, "differ in cells"),
+    ({"m_0": ([needle_row()], dict(seed=0, arm="A")), "m_1": ([needle_row()], dict(seed=1, arm="C"))}, "differ in seed, arm"),
+    ({"m": [needle_row()], "m_0": [needle_row()]}, "m has no seed in its name"),
+    ({"m_0/1k": [needle_row()], "m_1/1k": [needle_row()], "m_0/2k": [needle_row(tokens_seen=9999)]},
+     "not all seeds of m have the same checkpoints"),
+])
+def test_what_are_no_seeds_of_one_model_is_refused(tmp_path, summaries, reason):
+    refused = refusal("eval/plot_retrieval.py", *write_all(tmp_path, summaries), "--seeds", "--output", tmp_path / "out")
+    assert reason in refused and not (tmp_path / "out").exists()
 
 
 GOOD = csv_text([needle_row(), gain_row(1024, 0.0, 0.0, 2)]).encode()

@@ -638,6 +638,8 @@ def test_a_directory_is_of_one_code_and_one_precision(tmp_path, evaluated, check
     (tmp_path / "out/run.json").write_text(json.dumps(run | dict(dtype="bfloat16", backend="triton")))
     assert "holds another evaluation (dtype, backend differ)" in refusal(*again)
     (tmp_path / "out/run.json").write_text(json.dumps(run))
+    scoring = {name for name in sys.modules if name.startswith("model.")} | {"scoped_medium", "eval.needle", "eval.retrieval"}
+    assert {path.relative_to(R.ROOT).with_suffix("").as_posix().replace("/", ".") for path in R.CODE} >= scoring
     monkeypatch.setattr(R, "CODE", R.CODE[:2])
     assert "(code_sha256 differ)" in refusal(*again)
 

@@ -257,6 +257,7 @@ def test_every_question_is_answered_earlier_in_its_document(delimiter, length, d
             of_text += not set(value) <= values
             template = [*before, *between, *after]
             assert words_of.issuperset(template + linking) and (token_classes(template) < 2).any()
+            assert not linking or (token_classes(before + linking + after) < 2).any()
             assert (token_classes(value) != 3).any() and (token_classes(key) != 2).any()
             assert answer == task.answer.tolist() and key == task.keys[-1].tolist()
             assert 2 <= len(key) == len(set(key)) <= 5 and 2 <= len(value) == len(set(value)) <= 12
