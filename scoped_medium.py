@@ -1329,7 +1329,7 @@ class Trainer:
         except ValueError as error:  # shards that were sound when the run was checked
             raise Stop(str(error)) from None
         self.data = self.train_loader.fingerprint() if self.train_loader else None
-        self.trained = trained_shards(self.train_loader, None)
+        self.trained = {}  # hash to name of the shards that this training and those before it read
         self.step, self.total_steps = 0, config.num_iterations
         self.best_val_loss = math.inf
         self.saved_step = None  # of the newest checkpoint
