@@ -1315,8 +1315,9 @@ def compile_options(config: Config, backend: str) -> dict:
 
 
 class Trainer:
-    def __init__(self, config: Config, device: torch.device, run: RunDirectory):
-        self.config, self.device, self.run = config, device, run
+    def __init__(self, config: Config, device: torch.device, run: RunDirectory, trained: dict[str, str] | None = None):
+        """trained: hash to name of the shards that this training and those before it read."""
+        self.config, self.device, self.run, self.trained = config, device, run, trained or {}
         random.seed(config.seed)
         self.model = build_model(config, device)
         self.optimizers = make_optimizers(self.model)
@@ -1329,7 +1330,6 @@ class Trainer:
         except ValueError as error:  # shards that were sound when the run was checked
             raise Stop(str(error)) from None
         self.data = self.train_loader.fingerprint() if self.train_loader else None
-        self.trained = {}  # hash to name of the shards that this training and those before it read
         self.step, self.total_steps = 0, config.num_iterations
         self.best_val_loss = math.inf
         self.saved_step = None  # of the newest checkpoint
@@ -1920,8 +1920,7 @@ def execute(config: Config, device: torch.device, run: RunDirectory, start: Star
             mixer: Mixer | None, trained: dict[str, str]) -> None:
     """Build, load or resume, train, evaluate, summarise."""
     log_environment(run, config, device)
-    trainer = Trainer(config, device, run)
-    trainer.trained = trained
+    trainer = Trainer(config, device, run, trained)
     if trainer.train_loader:
         run.log(trainer.train_loader.policy(config.num_iterations))
     if mixer:

@@ -141,11 +141,6 @@ class Template:
     def links(self):
         return len(self.linking) > 0
 
-    @property
-    def linked_words(self):
-        """The words of a link."""
-        return np.concatenate([self.before, self.linking, self.after])
-
     def statement(self, key, value, link=False):
         """The tokens that say that `key` has this value; the value of a link is another key."""
         return np.concatenate([self.question(key, link), value, self.after])
@@ -483,10 +478,12 @@ class _Draft:
         shapes = LINK_SHAPES if kind.links else TRAINED_SHAPES
         shape = shapes[self.below(len(shapes))]
         words = self.words(self.template_ids, sum(shape), (KEY_CLASS, VALUE_CLASS))
-        template = cut_template(words, shape, words[:0])
-        while kind.links and not (template.links and self.apart(template.linked_words, (KEY_CLASS, VALUE_CLASS))):
+        if not kind.links:
+            return cut_template(words, shape, words[:0])
+        while True:  # the words of a link as well are not all of evaluation's classes
             template = cut_template(words, shape, _draw_linking(lambda n: self.draw(self.template_ids, n), words, shape))
-        return template
+            if self.apart(template.statement(words[:0], words[:0], link=True), (KEY_CLASS, VALUE_CLASS)):
+                return template
 
     def pieces(self, kind, template, document):
         """(keys, values, answer, pieces) of a task that has no place yet; no keys when they cannot be told from others."""

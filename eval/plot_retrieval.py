@@ -470,9 +470,10 @@ def draw(directories: list[Path], output: Path, seeds: bool = False) -> list[Pat
     """Write all pictures into the directory `output`, `seeds` of a model as one; returns the PNGs."""
     if len({directory.resolve() for directory in directories}) < len(directories):
         raise ValueError("a directory is named twice")
-    models = dict(zip(names(directories), map(read_summary, directories), strict=True))
+    named = dict(zip(names(directories), directories, strict=True))
+    models = {name: read_summary(directory) for name, directory in named.items()}
     if seeds:
-        models = pool_seeds(models, dict(zip(names(directories), map(read_run, directories), strict=True)))
+        models = pool_seeds(models, {name: read_run(directory) for name, directory in named.items()})
     try:
         import matplotlib
     except ImportError:
